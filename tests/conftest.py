@@ -1,0 +1,16 @@
+"""Eight virtual CPU devices, reproducible hypothesis, and a compilation cache, set before jax is imported."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# What a second run of the suite would compile again is read from disk.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "vishwamai-jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import hypothesis
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=20, derandomize=True)
+hypothesis.settings.load_profile("default")

@@ -1,0 +1,24 @@
+"""A mixture-of-experts language model for TPUs, in Equinox.
+
+Axis names, the same everywhere. Inside `shard_map` a name is the size on one device.
+
+    batch      rows of a batch                 experts   feed-forward experts of a layer
+    seq        tokens of a row                 choices   experts that a token goes to
+    d_model    width of the residual stream    d_ff      width of an expert
+    heads      query heads                     layers    blocks, stacked on the first axis
+    kv_heads   key and value heads             vocab     pieces of the tokenizer
+    head_dim   width of a head                 length    slots of a KV cache
+"""
+
+# Before jax is imported.
+from vishwamai_eqx import environment as environment  # isort: skip
+
+import importlib.util
+
+from vishwamai_eqx.version import __version__ as __version__
+
+if importlib.util.find_spec("kernels.flash_attention") is None:
+    raise ImportError(
+        "`kernels` is another distribution's package of that name, not VishwamAI's: uninstall it "
+        "(`pip uninstall kernels`) and install vishwamai-eqx again, or use an environment of its own."
+    )

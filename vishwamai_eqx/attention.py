@@ -1,0 +1,156 @@
+"""Grouped-query attention over flash attention's kernels, and the KV cache that generation reads."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+import kernels
+from vishwamai_eqx.config import AttentionPattern
+from vishwamai_eqx.layers import TPUGEMMLinear, rotate
+
+
+class KVCache(eqx.Module):
+    """Keys and values of the tokens read so far; slot i of a row holds the token at position i."""
+
+    keys: Float[Array, "layers batch kv_heads length head_dim"]
+    values: Float[Array, "layers batch kv_heads length head_dim"]
+    lengths: Int[Array, "batch"]
+    """Tokens that each row has read."""
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[3]
+
+
+class CacheSlot(eqx.Module):
+    """One layer's part in a cache on its way through the layers: the whole cache, and which layer is reading it."""
+
+    cache: KVCache
+    layer: Int[Array, ""]
+
+    def extend(
+        self, keys: Float[Array, "batch seq kv_heads head_dim"], values: Float[Array, "batch seq kv_heads head_dim"]
+    ) -> tuple[KVCache, Float[Array, "batch length kv_heads head_dim"], Float[Array, "batch length kv_heads head_dim"]]:
+        """The cache with the new tokens in it, and all keys and values of this layer."""
+
+        def write(old: Array, new: Array) -> tuple[Array, Array]:
+            place = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1))
+            layer = jax.lax.dynamic_index_in_dim(old, self.layer, keepdims=False)
+            layer = place(layer, new.swapaxes(1, 2).astype(old.dtype), self.cache.lengths)
+            return jax.lax.dynamic_update_index_in_dim(old, layer, self.layer, 0), layer.swapaxes(1, 2)
+
+        all_keys, layer_keys = write(self.cache.keys, keys)
+        all_values, layer_values = write(self.cache.values, values)
+        return KVCache(all_keys, all_values, self.cache.lengths), layer_keys, layer_values
+
+
+class TPUMultiHeadAttention(eqx.Module):
+    """Causal attention with rotary positions; `num_kv_heads` keys and values serve `num_heads` queries (2305.13245).
+
+    With `use_flash_attn` the scores of long rows are never held; without it the reference computes them all.
+    """
+
+    query: TPUGEMMLinear
+    key: TPUGEMMLinear
+    value: TPUGEMMLinear
+    out: TPUGEMMLinear
+    num_heads: int = eqx.field(static=True)
+    num_kv_heads: int = eqx.field(static=True)
+    head_dim: int = eqx.field(static=True)
+    pattern: AttentionPattern = eqx.field(static=True)
+    window: int = eqx.field(static=True)
+    block: int = eqx.field(static=True)
+    rope_theta: float = eqx.field(static=True)
+    dropout_rate: float = eqx.field(static=True)
+    implementation: str | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        head_dim: int,
+        use_flash_attn: bool = True,
+        use_fp8: bool = True,
+        *,
+        num_kv_heads: int,
+        pattern: AttentionPattern = "full",
+        window: int = 512,
+        block: int = 128,
+        rope_theta: float = 10_000.0,
+        dropout_rate: float = 0.0,
+        implementation: str | None = None,
+        residual_gain: float = 1.0,
+        key: PRNGKeyArray,
+    ):
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} is not divisible by num_kv_heads={num_kv_heads}: "
+                f"each key and value head serves a whole number of query heads; take one of {divisors(num_heads)}."
+            )
+        query_key, key_key, value_key, out_key = jax.random.split(key, 4)
+        width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
+        self.query = TPUGEMMLinear(hidden_size, width, False, use_fp8, key=query_key)
+        self.key = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, key=key_key)
+        self.value = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, key=value_key)
+        self.out = TPUGEMMLinear(width, hidden_size, False, use_fp8, gain=residual_gain, key=out_key)
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.pattern, self.window, self.block = pattern, window, block
+        self.rope_theta, self.dropout_rate = rope_theta, dropout_rate
+        self.implementation = implementation if use_flash_attn else "reference"
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        slot: CacheSlot | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None]:
+        """Attend to the row so far, or with `slot` to the cache.
+
+        `key` turns dropout on; `first_row` is the index, in the whole batch, of this device's first row.
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.query(x).reshape(heads), positions, self.rope_theta)
+        k = rotate(self.key(x).reshape(heads), positions, self.rope_theta)
+        v = self.value(x).reshape(heads)
+        cache, options = None, self.pattern_options(x.shape[1])
+        if slot is not None:
+            cache, k, v = slot.extend(k, v)
+            options |= self.pattern_options(k.shape[1], positions) | {"q_offset": slot.cache.lengths}
+        elif segment_ids is not None:
+            options["segment_ids"] = segment_ids
+        if key is not None and self.dropout_rate > 0:
+            options |= {"dropout_rate": self.dropout_rate, "dropout_key": key, "dropout_offset": (first_row, 0)}
+        y = kernels.flash_attention(q, k, v, implementation=self.implementation, **options)
+        return self.out(y.reshape(*x.shape[:2], -1)), cache
+
+    def pattern_options(self, length: int, positions: Int[Array, "batch seq"] | None = None) -> dict[str, Any]:
+        """The pattern as the kernel's window or mask: over a row, or for queries at `positions` of a longer cache."""
+        if self.pattern == "window":
+            return {"window": self.window}
+        if self.pattern == "blocks":
+            blocks = block_pattern(math.ceil(length / self.block))
+            if positions is None:
+                return {"mask": blocks, "block_size": self.block}
+            # Queries of a cache start anywhere, in each row elsewhere, so their blocks are looked up one by one.
+            rows = blocks[positions // self.block]
+            return {"mask": jnp.repeat(rows, self.block, axis=-1)[:, None, :, :length]}
+        return {}
+
+
+def block_pattern(blocks: int) -> Bool[Array, "blocks blocks"]:
+    """Which blocks of keys a block of queries sees: its own, the one before, and the first of the row."""
+    query, key = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None, :]
+    return (key <= query) & ((query - key <= 1) | (key == 0))
+
+
+def divisors(n: int) -> list[int]:
+    """The whole numbers that divide n."""
+    return [d for d in range(1, n + 1) if n % d == 0]

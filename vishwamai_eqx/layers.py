@@ -1,0 +1,133 @@
+"""Linear map, norms, embedding, rotary positions, and the gated feed-forward of a dense layer."""
+
+import math
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+import kernels
+from vishwamai_eqx.parameters import normal, parameter
+
+Activation = Literal["silu", "gelu_tanh"]
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+def wide(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that sums over numbers of `dtype` are taken in: f32, or f64 of f64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class TPUGEMMLinear(eqx.Module):
+    """y = x W + b, with W cast to the type of x and sums in f32.
+
+    `use_fp8` permits FP8 for the product where the run's precision asks for it; `block_size` is the side of the
+    blocks that then share a scale. `gain` multiplies the initial standard deviation, 1 / sqrt(in_features).
+    """
+
+    weight: Float[Array, "in_features features"] = parameter(decay=True)
+    bias: Float[Array, "features"] | None = parameter(decay=False)
+    in_features: int = eqx.field(static=True)
+    features: int = eqx.field(static=True)
+    use_fp8: bool = eqx.field(static=True)
+    block_size: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        use_bias: bool = True,
+        use_fp8: bool = True,
+        block_size: int = 128,
+        *,
+        gain: float = 1.0,
+        key: PRNGKeyArray,
+    ):
+        self.weight = normal(key, (in_features, features), gain / math.sqrt(in_features))
+        self.bias = jnp.zeros(features) if use_bias else None
+        self.in_features, self.features = in_features, features
+        self.use_fp8, self.block_size = use_fp8, block_size
+
+    def __call__(self, x: Float[Array, "*batch {self.in_features}"]) -> Float[Array, "*batch {self.features}"]:
+        y = kernels.gemm(x, self.weight)
+        return y if self.bias is None else y + self.bias.astype(y.dtype)
+
+
+class TPULayerNorm(eqx.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed in f32 (1607.06450)."""
+
+    scale: Float[Array, "dim"] | None = parameter(decay=False, cast=False)
+    bias: Float[Array, "dim"] | None = parameter(decay=False, cast=False)
+    dim: int = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, dim: int, epsilon: float = 1e-6, use_bias: bool = True, use_scale: bool = True):
+        self.scale = jnp.ones(dim) if use_scale else None
+        self.bias = jnp.zeros(dim) if use_bias else None
+        self.dim, self.epsilon = dim, epsilon
+
+    def __call__(self, x: Float[Array, "*batch {self.dim}"]) -> Float[Array, "*batch {self.dim}"]:
+        y = x.astype(wide(x.dtype))
+        y = y - y.mean(axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        y = y if self.scale is None else y * self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.astype(x.dtype)
+
+
+class Embedding(eqx.Module):
+    """A row for each piece; as a head, its transpose."""
+
+    weight: Float[Array, "vocab d_model"] = parameter(decay=True)
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, std: float, key: PRNGKeyArray):
+        self.weight = normal(key, (vocab_size, hidden_size), std)
+
+    def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
+        return self.weight[tokens]
+
+    def logits(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        weight = self.weight.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide(hidden.dtype))
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"], positions: Int[Array, "batch seq"], theta: float
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Rotary positions (2104.09864) in f32: dimension i turns with i + head_dim / 2 by position * theta^(-2i/head_dim)."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=wide(x.dtype)) / half)
+    angles = positions[:, :, None, None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(angles.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class GatedMLP(eqx.Module):
+    """down(activation(gate(x)) * up(x)) (2002.05202): the feed-forward of a layer with one expert."""
+
+    gate: TPUGEMMLinear
+    up: TPUGEMMLinear
+    down: TPUGEMMLinear
+    activation: Activation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_dim: int,
+        activation: Activation = "silu",
+        use_fp8: bool = True,
+        *,
+        residual_gain: float = 1.0,
+        key: PRNGKeyArray,
+    ):
+        gate_key, up_key, down_key = jax.random.split(key, 3)
+        self.gate = TPUGEMMLinear(hidden_size, ffn_dim, False, use_fp8, key=gate_key)
+        self.up = TPUGEMMLinear(hidden_size, ffn_dim, False, use_fp8, key=up_key)
+        self.down = TPUGEMMLinear(ffn_dim, hidden_size, False, use_fp8, gain=residual_gain, key=down_key)
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
