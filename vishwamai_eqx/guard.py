@@ -1,0 +1,62 @@
+"""What keeps a run from being lost: signals."""
+
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+from typing import Self
+
+
+class Signals:
+    """SIGTERM and SIGINT as a flag for the loop to look at: the first one asks to stop, a second one exits at once.
+
+        with Signals() as signals:
+            for step in ...:
+                ...
+                if signals.received: save, wait for the save, sys.exit(signals.exit_code)
+
+    A thread reads the signals, through the pipe that the interpreter's C handler writes to. Python's own handlers run
+    in the main thread between two byte codes, so never while that thread compiles or waits for a device that hangs,
+    which is when a second Ctrl-C matters. Only the main thread may enter; leaving restores what was there before.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """143 after SIGTERM, 130 after SIGINT, as a shell reports them; 0 if there was no signal."""
+        return 128 + self.received if self.received else 0
+
+    def __enter__(self) -> Self:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # A handler in Python must be set for the C handler to be: it has nothing left to do.
+        self._before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        os.close(self._write)
+        self._thread.join()
+        os.close(self._read)
+
+    def _watch(self) -> None:
+        while data := os.read(self._read, 64):
+            for number in data:
+                if number not in (signal.SIGTERM, signal.SIGINT):
+                    continue
+                name = signal.Signals(number).name
+                if self.received is not None:
+                    print(f"{name} again: exiting at once, nothing more is saved", file=sys.stderr, flush=True)
+                    os._exit(128 + number)
+                self.received = signal.Signals(number)
+                print(f"{name}: saving, then exiting; once more exits at once", file=sys.stderr, flush=True)
