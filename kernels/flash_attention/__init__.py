@@ -1,0 +1,1 @@
+"""Exact attention without the score matrix."""

@@ -1,0 +1,40 @@
+"""Which attention probabilities dropout keeps: a function of where an element is, not of who computes it.
+
+A counter-based hash in 32-bit integer operations that every backend has. Batch row, head and query are mixed with the
+key once a row and the kv index once a column; an element then costs two multiplications. Two words a row enter before
+and after the first of them, so that no two rows share their pattern up to a permutation of columns.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, UInt32
+
+_GOLDEN = 0x9E3779B9
+
+
+def keep(
+    key: UInt32[Array, " words"],
+    rate: float,
+    batch: Int[Array, "*#shape"],
+    head: Int[Array, "*#shape"],
+    query: Int[Array, "*#shape"],
+    kv: Int[Array, "*#shape"],
+) -> Bool[Array, "..."]:
+    """Whether each element is kept, with probability 1 - rate; indices are global and broadcast.
+
+    Keep batch, head and query of size 1 along the kv axis, and kv of size 1 along theirs: that is what makes it cheap.
+    """
+    row = jnp.uint32(_GOLDEN)
+    for part in (*(key[i] for i in range(key.shape[0])), batch, head, query):
+        row = _mix(row * jnp.uint32(5) + jnp.asarray(part).astype(jnp.uint32))
+    second = _mix(row ^ jnp.uint32(_GOLDEN))
+    column = _mix(kv.astype(jnp.uint32) + jnp.uint32(_GOLDEN))
+    x = (row ^ column) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15) ^ second) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+
+
+def _mix(x):
+    """A bijection of 32 bits in which every input bit moves every output bit (lowbias32, Wellons 2018)."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+    return x ^ (x >> 16)

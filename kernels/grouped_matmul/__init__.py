@@ -1,0 +1,1 @@
+"""One product per group of rows."""
