@@ -102,8 +102,12 @@ class CheckpointConfig:
     """When the state is saved."""
 
     every: int = 500
+    minutes: float = 0.0
+    """Save too when so many minutes have gone by since the last one; 0: never for that."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of so many steps are kept for good; 0: none."""
 
 
 @dataclass(frozen=True)

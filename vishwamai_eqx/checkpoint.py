@@ -1,0 +1,431 @@
+"""Checkpoints: the whole training state, saved beside the run's work and verified before it is believed.
+
+    RUN/checkpoints/400/manifest.json   leaves, files with checksums, configuration, code version
+    RUN/checkpoints/400/state/          the arrays, as Orbax writes them
+    RUN/checkpoints/600.tmp/            a save under way, or one that a kill ended: the next start removes it
+    RUN/checkpoints/200.damaged/        put aside, because a file of it was not what its manifest says
+
+A step is saved under a temporary name, its manifest is written last, and a rename makes it a checkpoint; deleting takes
+the manifest first. So a folder with a number for its name is whole, or it was damaged afterwards, and `restore` finds
+that out by checksum: Orbax alone trusts names, and returns flipped bits without a word.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import PyTree
+
+from vishwamai_eqx import manifest
+from vishwamai_eqx.manifest import DamagedError
+from vishwamai_eqx.version import __version__
+
+State = TypeVar("State")
+_logger = logging.getLogger(__name__)
+
+# How long the processes of a run wait for each other's part of a save.
+_BARRIER_MS = 20 * 60 * 1000
+
+
+def _log(kind: str, message: str, *, step: int | None = None) -> None:
+    _logger.log(logging.INFO if kind == "checkpoint" else logging.WARNING, "%s: %s", kind, message)
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains: it saves, prunes and restores them, and nobody else may at the time.
+
+        with Checkpoints(run_dir / "checkpoints", every=500, on_event=log.event) as checkpoints:
+            state = checkpoints.restore(abstract_state)
+            ...
+            if checkpoints.due(step):
+                checkpoints.save(step, state)
+
+    Every process of a run makes one and calls the same methods at the same steps. Leaving the block waits for the save
+    under way and raises if it failed.
+
+    **Arguments**
+
+    - `directory`: made if it is not there.
+    - `every`, `minutes`: `due` says yes at multiples of `every`, and when so many minutes have gone by since the last
+      save (0: never for that).
+    - `keep`: newest checkpoints that stay. Multiples of `keep_every` stay for good (0: none do).
+    - `configuration`: JSON-ready settings, kept in every manifest.
+    - `on_event`: called as `on_event(kind, message, step=step)`, from a thread too; the kinds are `checkpoint`,
+      `checkpoint_failed` and `checkpoint_damaged`.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        every: int = 500,
+        minutes: float = 0,
+        keep: int = 3,
+        keep_every: int = 0,
+        configuration: Mapping[str, Any] | None = None,
+        on_event: Callable[..., None] = _log,
+    ):
+        for name, value, least in (("every", every, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
+            if value < least:
+                raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
+        self.directory = Path(directory).resolve()
+        self.every, self.minutes, self.keep, self.keep_every = every, minutes, keep, keep_every
+        self._about = {"configuration": dict(configuration or {}), "code": code_version()}
+        self._on_event = on_event
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+        self._settled: int | None = None
+        self._saved_at = time.monotonic()
+        self._saves = 0
+        self._primary = jax.process_index() == 0
+        if self._primary:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = _lock(self.directory)
+            for path in self.directory.glob("*.tmp"):
+                _remove(path)
+        self._orbax = _orbax()
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is one to save, by steps or by minutes; all processes get the same answer."""
+        if step > 0 and step % self.every == 0:
+            return True
+        if not self.minutes:
+            return False
+        late = time.monotonic() - self._saved_at > 60 * self.minutes
+        if jax.process_count() == 1:
+            return late
+        # Clocks differ, and asking process 0 is a collective: not at every step.
+        return step % 16 == 0 and bool(multihost_utils.broadcast_one_to_all(np.array(late)))
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Save `state` as checkpoint `step`; returns once it is copied off the devices, whose buffers may be reused.
+
+        A thread does the rest. A save that fails costs nothing but itself: older checkpoints stand, an event says what
+        happened, and `wait` raises if it was the last one. The step that was just saved or restored is not saved again;
+        any other of that number is replaced.
+        """
+        leaves = _leaves(state)
+        self._join()
+        if step == self._settled:
+            return
+        self._saved_at, self._failure = time.monotonic(), None
+        self._saves += 1
+        folder = self.directory / f"{step}.tmp"
+        about = {
+            **self._about,
+            "step": step,
+            "time": time.time(),
+            "bytes": sum(leaf.nbytes for leaf in leaves.values()),
+            "leaves": [_describe(name, leaf) for name, leaf in leaves.items()],
+        }
+        try:
+            if self._primary:
+                _remove(folder)
+                folder.mkdir()
+            self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(leaves))
+        except Exception as error:
+            self._fail(about, error)
+            return
+        self._thread = threading.Thread(target=self._finish, args=(folder, about), name="checkpoint")
+        self._thread.start()
+
+    def restore(self, abstract: State, *, step: int | None = None) -> State | None:
+        """The newest good checkpoint, or the one of `step`; None if there is none.
+
+        A damaged checkpoint is put aside and the one before it taken.
+
+        **Arguments**
+
+        - `abstract`: the state with arrays or `jax.ShapeDtypeStruct`s for leaves; each array is restored to its leaf's
+          sharding, on whatever mesh that is. What is not an array is taken over as it is.
+        - `step`: this one and no other.
+
+        Raises ValueError if the leaves of the checkpoint are not those of `abstract`, or `step` is not a good one.
+        """
+        self._join()
+        wanted = _leaves(abstract)
+        while True:
+            chosen = self._agree(step if step is not None else self.latest_step())
+            if chosen is None:
+                return None
+            folder = self.directory / str(chosen)
+            reason = self._damage(folder)
+            if reason is None:
+                break
+            if step is not None:
+                raise ValueError(f"step={step} must be a good checkpoint of {self.directory}: {reason}")
+            if self._primary:
+                aside = _put_aside(folder)
+                message = f"{folder.name}/{reason}; it is now {aside.name} and the checkpoint before it is used"
+                self._on_event("checkpoint_damaged", message, step=chosen)
+            self._agree(chosen)
+        about = manifest.read(folder)
+        _compare(folder, about, wanted, whole=True)
+        self._settled = chosen
+        return _assemble(abstract, _arrays(self._orbax, folder, wanted))
+
+    def latest_step(self) -> int | None:
+        """The newest checkpoint there is, unverified."""
+        return max(steps(self.directory), default=None)
+
+    def wait(self) -> None:
+        """Return once the save under way is a checkpoint; raises RuntimeError if the last save failed."""
+        self._join()
+        if self._failure is not None:
+            raise RuntimeError(f"the last checkpoint was not saved: {self._failure}") from self._failure
+
+    def close(self) -> None:
+        """Finish the save under way and give the directory up."""
+        self._join()
+        self._orbax.close()
+        if self._primary:
+            os.close(self._lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if error is None:
+            self.wait()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _finish(self, folder: Path, about: dict[str, Any]) -> None:
+        """The thread of a save: what must be true before a folder is called a checkpoint, in that order."""
+        index, count = jax.process_index(), jax.process_count()
+        final, problem = self.directory / str(about["step"]), None
+        parts = [self.directory / f"{about['step']}.checksums-{i}.tmp" for i in range(count)]
+        try:
+            self._orbax.wait_until_finished()
+            names = manifest.files(folder)
+            parts[index].write_text(json.dumps(manifest.checksums(folder, names[index::count])))
+        except Exception as error:
+            problem = error
+        # The others wait here whatever happened to this one; a part that is missing tells process 0.
+        self._barrier(key=f"checkpoint {self._saves} checksums", timeout_ms=_BARRIER_MS)
+        if self._primary and problem is None:
+            try:
+                sums = {name: value for part in parts for name, value in json.loads(part.read_text()).items()}
+                manifest.write(folder, sums, **about)
+                _delete(final)
+                os.rename(folder, final)
+                _sync(self.directory)
+            except Exception as error:
+                problem = error
+        self._barrier(key=f"checkpoint {self._saves} finished", timeout_ms=_BARRIER_MS)
+        if not self._primary and problem is None and not final.exists():
+            problem = RuntimeError("process 0 could not finish it")
+        parts[index].unlink(missing_ok=True)
+        if problem is not None:
+            self._fail(about, problem)
+            return
+        self._settled = about["step"]
+        if self._primary:
+            seconds = time.time() - about["time"]
+            self._on_event("checkpoint", f"saved {about['bytes']:,} bytes in {seconds:.1f} s", step=about["step"])
+            self._prune()
+
+    def _fail(self, about: dict[str, Any], error: Exception) -> None:
+        self._failure = error
+        step = about["step"]
+        if self._primary:
+            _remove(self.directory / f"{step}.tmp")
+        free = shutil.disk_usage(self.directory).free
+        message = f"step {step} was not saved, older checkpoints stand: {error} ({free:,} bytes are free on that disk, "
+        self._on_event("checkpoint_failed", message + f"the state has {about['bytes']:,})", step=step)
+
+    def _prune(self) -> None:
+        for step in sorted(steps(self.directory))[: -self.keep]:
+            if not self.keep_every or step % self.keep_every:
+                _delete(self.directory / str(step))
+
+    def _damage(self, folder: Path) -> str | None:
+        """What is wrong with a checkpoint; the processes share the reading and agree on the answer."""
+        count = jax.process_count()
+        reason = _verify(folder, part=jax.process_index(), parts=count)
+        if count == 1 or not np.any(multihost_utils.process_allgather(np.array(reason is not None))):
+            return reason
+        return reason or "a file that another process checked is damaged"
+
+    def _agree(self, step: int | None) -> int | None:
+        """Process 0's answer, for all."""
+        if jax.process_count() == 1:
+            return step
+        agreed = int(multihost_utils.broadcast_one_to_all(np.array(-1 if step is None else step, np.int32)))
+        return None if agreed < 0 else agreed
+
+
+def read(directory: str | Path, abstract: State, *, step: int | None = None) -> State:
+    """Restore from a directory that others may be training in, without changing anything there.
+
+    `abstract` may be a part of what was saved, `{"model": abstract_model}` for one: the names of its leaves decide.
+    Damaged checkpoints are passed over with a warning, and so are those that are deleted meanwhile. Raises ValueError
+    where none is left, or the leaves do not fit.
+    """
+    directory, wanted, orbax = Path(directory).resolve(), _leaves(abstract), _orbax()
+    for chosen in sorted(steps(directory), reverse=True) if step is None else [step]:
+        folder = directory / str(chosen)
+        reason = _verify(folder)
+        if reason is None:
+            _compare(folder, manifest.read(folder), wanted, whole=False)
+            return _assemble(abstract, _arrays(orbax, folder, wanted))
+        _logger.warning("checkpoint %s is passed over: %s", folder, reason)
+    raise ValueError(f"directory={str(directory)!r} must have a good checkpoint{'' if step is None else f' {step}'}")
+
+
+def steps(directory: Path) -> list[int]:
+    """The steps that a directory has checkpoints of, in no order, good or not."""
+    names = (entry.name for entry in os.scandir(directory)) if directory.is_dir() else ()
+    return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+
+
+def code_version() -> dict[str, str]:
+    """What wrote a checkpoint: this package's version, its commit if it runs from a checkout, jax, Orbax."""
+    version = {"vishwamai_eqx": __version__, "jax": jax.__version__, "orbax": ocp.__version__}
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        version["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return version
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+    # Weights hardly compress: 7% for several times the processor time.
+    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+
+
+def _leaves(state: PyTree) -> dict[str, Any]:
+    """The arrays of a state by their path, which is the name they are stored under."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
+            raise ValueError(f"{name}={leaf!r} must be a jax array to be saved, or a static field to be left out")
+        if _is_array(leaf):
+            leaves[name] = leaf
+    return leaves
+
+
+def _assemble(abstract: State, arrays: Mapping[str, jax.Array]) -> State:
+    dynamic, static = eqx.partition(abstract, _is_array)
+    treedef = jax.tree.structure(dynamic)
+    return eqx.combine(jax.tree.unflatten(treedef, list(arrays.values())), static)
+
+
+def _describe(name: str, leaf: Any) -> dict[str, Any]:
+    return {"path": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+
+
+def _compare(folder: Path, about: Mapping[str, Any], wanted: Mapping[str, Any], *, whole: bool) -> None:
+    """Raise ValueError unless every leaf is as it was saved: Orbax would cast another type and say nothing."""
+    saved = {leaf["path"]: f"{leaf['dtype']}{leaf['shape']}" for leaf in about["leaves"]}
+    here = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()}
+    names = [*here, *(name for name in saved if whole and name not in here)]
+    wrong = [
+        f"{name} is {saved.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} here"
+        for name in names
+        if saved.get(name) != here.get(name)
+    ]
+    if wrong:
+        more = f" ({len(wrong) - 3} more)" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"{folder} is of another model or optimiser: {'; '.join(wrong[:3])}{more}; use the settings that it was "
+            f"saved with, which are in its {manifest.NAME}, or another run directory"
+        )
+
+
+def _arrays(orbax: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+    single = SingleDeviceSharding(jax.local_devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or single)
+        for name, leaf in wanted.items()
+    }
+    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
+    restored = orbax.restore(
+        folder / "state", args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
+    )
+    return {name: restored[name] for name in wanted}
+
+
+def _verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint, beginning with the file's name."""
+    try:
+        about = manifest.read(folder)
+        if str(about.get("step")) != folder.name:
+            return f"{manifest.NAME} is that of step {about.get('step')}"
+        manifest.verify(folder, about, part=part, parts=parts)
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
+def _put_aside(folder: Path) -> Path:
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    os.rename(folder, aside)
+    return aside
+
+
+def _delete(folder: Path) -> None:
+    """Delete a checkpoint, manifest first: half a delete is no checkpoint."""
+    if folder.is_dir():
+        (folder / manifest.NAME).unlink(missing_ok=True)
+        going = folder.with_name(f"{folder.name}.deleted.tmp")
+        _remove(going)
+        os.rename(folder, going)
+        _remove(going)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock(directory: Path) -> int:
+    """Hold the directory for this process; the kernel lets go of it however the process ends."""
+    file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        raise ValueError(
+            f"directory={str(directory)!r} must have one run at a time, and one is training in it"
+        ) from None
+    return file
+
+
+def _sync(directory: Path) -> None:
+    """Make the names in a directory survive a power cut."""
+    file = os.open(directory, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
