@@ -1,0 +1,82 @@
+"""Documents of any length into rows of one length."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which stretches of the token stream make up each row.
+
+    Row r holds stretches `first[r]` to `first[r + 1]`, one after another; a stretch of n tokens also reads the token
+    that follows it, its last target.
+    """
+
+    first: Int64[np.ndarray, "rows_and_one"]
+    start: Int64[np.ndarray, "stretches"]
+    length: Int32[np.ndarray, "stretches"]
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+
+def pack(starts: Int64[np.ndarray, "documents"], ends: Int64[np.ndarray, "documents"], seq_len: int) -> Rows:
+    """Rows of at most `seq_len` tokens that predict every token of the stream's documents but their first.
+
+    A document that fits a row is never cut; a longer one gives whole rows and a tail. Documents and tails go, longest
+    first, where they leave the least room.
+    """
+    predicted = ends - starts - 1
+    whole = predicted // seq_len
+    # Whole rows: the k-th of a document starts k rows after it.
+    owner = np.repeat(np.arange(len(starts)), whole)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(whole) - whole, whole)
+    full_start = starts[owner] + nth * seq_len
+
+    tail_length = predicted - whole * seq_len
+    tail_start = (starts + whole * seq_len)[tail_length > 0]
+    tail_length = tail_length[tail_length > 0]
+    row = len(full_start) + _best_fit(tail_length, seq_len)
+
+    order = np.argsort(row, kind="stable")
+    start = np.concatenate([full_start, tail_start[order]])
+    length = np.concatenate([np.full(len(full_start), seq_len, np.int64), tail_length[order]])
+    counts = np.bincount(np.concatenate([np.arange(len(full_start)), row[order]]))
+    return Rows(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), start, length.astype(np.int32))
+
+
+def permute(rows: Rows, seed: int) -> Rows:
+    """The same rows in an order that has nothing to do with the documents', so that any part is a fair sample."""
+    order = np.random.default_rng(seed).permutation(len(rows))
+    counts = np.diff(rows.first)[order]
+    first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    taken = np.repeat(rows.first[:-1][order] - first[:-1], counts) + np.arange(first[-1])
+    return Rows(first, rows.start[taken], rows.length[taken])
+
+
+def _best_fit(lengths: Int64[np.ndarray, "items"], capacity: int) -> Int64[np.ndarray, "items"]:
+    """A row for each item, by best fit, longest first."""
+    result = np.zeros(len(lengths), np.int64)
+    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    # Bit r is set while some row has r tokens of room: the lowest set bit from an item's length up is its best fit.
+    rooms = 0
+    count = 0
+    order = np.argsort(-lengths, kind="stable")
+    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, count
+            count += 1
+        result[item] = row
+        left = room - length
+        rows_by_room[left].append(row)
+        if left:
+            rooms |= 1 << left
+    return result

@@ -1,0 +1,331 @@
+"""Text to piece ids and back: SentencePiece, in a folder that Hugging Face reads too."""
+
+import functools
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32
+from sentencepiece import sentencepiece_model_pb2
+
+from vishwamai_eqx import huggingface_tokenizer
+
+# Texts that `encode_ids` remembers, and the longest of them: at most a few megabytes.
+CACHED_TEXTS = 1024
+CACHED_CHARACTERS = 1024
+# The shortest row that `encode` pads to; longer ones double, so that a jitted caller compiles few shapes.
+SMALLEST_BUCKET = 16
+# The trainer reads sentences; longer lines are cut, where it would leave them out.
+SENTENCE_CHARACTERS = 2000
+
+# Texts are cut after about this many characters to be encoded.
+PART_CHARACTERS = 256
+# What Hugging Face reads beside the model.
+DESCRIPTIONS = ("tokenizer_config.json", "tokenizer.json")
+# SentencePiece writes a space as this character, so its own pieces cannot tell the two apart.
+SPACE = "\u2581"
+
+
+class VishwamAITokenizer:
+    """A SentencePiece model with its special tokens.
+
+    `model_path` is a `.model` file or a folder with `tokenizer.model` in it. A special token that the model does not
+    have under the given name is the one that the model itself declares. `max_length` bounds `encode` alone. Every
+    string comes back from its ids, U+2581 included, which is spelled in bytes.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        max_length: int = 512,
+        pad_token: str = "[PAD]",
+        unk_token: str = "[UNK]",
+        bos_token: str = "[BOS]",
+        eos_token: str = "[EOS]",
+    ):
+        path = Path(model_path)
+        self.model_path = path / "tokenizer.model" if path.is_dir() else path
+        if max_length < 1:
+            raise ValueError(f"max_length={max_length}: give at least 1 token")
+        self.max_length = max_length
+        self._processor, self._proto = _load(self.model_path)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.unk_id = self._special("unk_token", unk_token, self._processor.unk_id())
+        self.bos_id = self._special("bos_token", bos_token, self._processor.bos_id())
+        self.eos_id = self._special("eos_token", eos_token, self._processor.eos_id())
+        declared_pad = self._processor.pad_id()
+        # Padding is masked wherever it stands, so a model that has no piece for it can lend another.
+        self.pad_id = self._special("pad_token", pad_token, declared_pad if declared_pad >= 0 else self.unk_id)
+        self._space_bytes = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if not all(map(self._processor.is_byte, self._space_bytes)):
+            raise ValueError(
+                f"{self.model_path}: the model has no byte pieces, so text would be lost as {unk_token}; "
+                "give one that was trained with byte_fallback=True"
+            )
+        # Then a text's ids are those of its lines, and SentencePiece is 1.4 times as fast on short texts.
+        self._lines_stand_alone = not self._proto.normalizer_spec.add_dummy_prefix and not any(
+            "\n" in piece.piece for piece in self._proto.pieces
+        )
+        self._remembered = functools.lru_cache(CACHED_TEXTS)(self._pieces)
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str | Path], vocab_size: int, directory: str | Path, max_length: int = 512
+    ) -> "VishwamAITokenizer":
+        """A byte-pair tokenizer of `vocab_size` pieces, trained on texts (a `Path` is read) and saved in `directory`.
+
+        Pieces do not cross lines, and digits stand alone.
+        """
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_sentences(texts),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,
+                character_coverage=0.9995,
+                max_sentence_length=4 * SENTENCE_CHARACTERS,
+                pad_id=0,
+                unk_id=1,
+                bos_id=2,
+                eos_id=3,
+                pad_piece="[PAD]",
+                unk_piece="[UNK]",
+                bos_piece="[BOS]",
+                eos_piece="[EOS]",
+                num_threads=os.cpu_count() or 1,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _training_refusal(vocab_size, str(error)) from None
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(directory / "tokenizer.model", model.getvalue())
+        for name in DESCRIPTIONS:
+            # Of an earlier vocabulary.
+            (directory / name).unlink(missing_ok=True)
+        tokenizer = cls(directory, max_length)
+        tokenizer.save(directory)
+        return tokenizer
+
+    def save(self, directory: str | Path) -> None:
+        """Write `tokenizer.model` and, for Hugging Face, `tokenizer_config.json` and `tokenizer.json`.
+
+        A tokenizer that came with the latter two keeps them. One whose normalisation or kind is not that of `train`
+        has its `tokenizer.json` left to Hugging Face's own conversion.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        _replace(directory / "tokenizer.model", self._processor.serialized_model_proto())
+        for name in DESCRIPTIONS:
+            source, target = self.model_path.parent / name, directory / name
+            if source.exists() and self.model_path.name == "tokenizer.model":
+                if source.resolve() != target.resolve():
+                    shutil.copyfile(source, target)
+            elif name == "tokenizer_config.json":
+                tokens = {
+                    f"{kind}_token": self._processor.id_to_piece(id)
+                    for kind, id in (
+                        ("pad", self.pad_id),
+                        ("unk", self.unk_id),
+                        ("bos", self.bos_id),
+                        ("eos", self.eos_id),
+                    )
+                }
+                _replace(target, json.dumps(huggingface_tokenizer.config(self._proto, tokens), indent=2).encode())
+            elif huggingface_tokenizer.expressible(self._proto):
+                described = huggingface_tokenizer.tokenizer_json(self._proto, self.bos_id)
+                _replace(target, json.dumps(described, ensure_ascii=False).encode())
+
+    def encode_ids(self, text: str) -> list[int]:
+        """The ids of one text's pieces, without special tokens and never truncated; repeated texts are remembered."""
+        return list(self._remembered(text) if len(text) <= CACHED_CHARACTERS else self._pieces(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+        """`encode_ids` of many texts at once, on all cores and past the cache."""
+        parts = [list(_parts(text)) if self._lines_stand_alone else [text] for text in texts]
+        flat = [part for text in parts for part in text]
+        try:
+            encoded = self._processor.encode_as_numpy(flat, num_threads=os.cpu_count() or 1)
+            spelled = [
+                np.asarray(self._spelled(part), np.int32) if SPACE in part else ids
+                for part, ids in zip(flat, encoded, strict=True)
+            ]
+        except RuntimeError:
+            raise ValueError(_not_text(flat)) from None
+        ends = np.cumsum([len(text) for text in parts], dtype=np.int64).tolist()
+        empty = np.zeros(0, np.int32)
+        return [np.concatenate([empty, *spelled[end - len(text) : end]]) for text, end in zip(parts, ends, strict=True)]
+
+    def encode(
+        self, text: str | Sequence[str], *, max_length: int | None = None, add_bos: bool = True, add_eos: bool = False
+    ) -> dict[str, Int32[np.ndarray, "batch seq"]]:
+        """`input_ids` and `attention_mask` of one text or several, a row each, padded on the right to a shared bucket.
+
+        Rows are cut to `max_length` tokens (the constructor's if not given). The mask serves as segment ids as it is.
+        """
+        limit = self.max_length if max_length is None else max_length
+        if limit < 1:
+            raise ValueError(f"max_length={limit}: give at least 1 token")
+        start, end = [self.bos_id] * add_bos, [self.eos_id] * add_eos
+        texts = [text] if isinstance(text, str) else list(text)
+        rows = [(start + self.encode_ids(each) + end)[:limit] for each in texts]
+        longest = max(map(len, rows), default=0)
+        bucket = SMALLEST_BUCKET
+        while bucket < longest:
+            bucket *= 2
+        input_ids = np.full((len(rows), min(bucket, max(limit, longest))), self.pad_id, np.int32)
+        attention_mask = np.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = row
+            attention_mask[index, : len(row)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    def decode(self, ids) -> str:
+        """The text of one sequence of ids; special tokens are left out, bytes that are not UTF-8 become U+FFFD."""
+        return self._processor.decode(self._checked(ids))
+
+    def decode_batch(self, rows) -> list[str]:
+        """The text of each row of ids."""
+        return [self.decode(row) for row in rows]
+
+    def decode_bytes(self, ids) -> bytes:
+        """The bytes of a sequence of ids, which may end inside a character: what a stream decodes as it grows."""
+        return b"".join([self.piece_bytes[id] for id in self._checked(ids)])
+
+    @functools.cached_property
+    def piece_bytes(self) -> list[bytes]:
+        """What each piece stands for; nothing for special tokens."""
+        kind = sentencepiece_model_pb2.ModelProto.SentencePiece
+        result = []
+        for piece in self._proto.pieces:
+            if piece.type == kind.BYTE:
+                result.append(bytes([int(piece.piece[3:5], 16)]))
+            elif piece.type in (kind.NORMAL, kind.USER_DEFINED):
+                result.append(piece.piece.replace(SPACE, " ").encode())
+            else:
+                result.append(b"")
+        return result
+
+    @functools.cached_property
+    def piece_lengths(self) -> Int32[np.ndarray, "vocab"]:
+        """Bytes of each piece: summed over a row's targets, the bytes of source text that the row predicts."""
+        return np.array([len(piece) for piece in self.piece_bytes], np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that name this vocabulary."""
+        return blake2b(self._processor.serialized_model_proto(), digest_size=8).hexdigest()
+
+    def cache_info(self):
+        """Hits, misses, capacity and fill of the cache of repeated texts."""
+        return self._remembered.cache_info()
+
+    def _pieces(self, text: str) -> tuple[int, ...]:
+        try:
+            return tuple(self._spelled(text) if SPACE in text else self._processor.encode(text))
+        except RuntimeError:
+            raise ValueError(_not_text([text])) from None
+
+    def _spelled(self, text: str) -> list[int]:
+        """Ids of a text that holds U+2581, each of them as its three bytes."""
+        first, *rest = self._processor.encode(text.split(SPACE))
+        return first + [id for ids in rest for id in self._space_bytes + ids]
+
+    def _checked(self, ids) -> list[int]:
+        ids = np.asarray(ids, np.int64).ravel().tolist()
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise ValueError(f"id {id} is not a piece of {self.model_path}: they are 0 to {self.vocab_size - 1}")
+        return ids
+
+    def _special(self, name: str, token: str, declared: int) -> int:
+        id = self._processor.piece_to_id(token)
+        if self._processor.id_to_piece(id) == token:
+            return id
+        if declared < 0:
+            raise ValueError(
+                f"{name}={token!r}: {self.model_path} has no such piece and declares no other; give the name it has"
+            )
+        return declared
+
+
+def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece_model_pb2.ModelProto]:
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such tokenizer; give a SentencePiece .model file or a folder with tokenizer.model"
+        )
+    try:
+        model = path.read_bytes()
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        return processor, sentencepiece_model_pb2.ModelProto.FromString(model)
+    except Exception:
+        raise ValueError(f"{path}: not a SentencePiece model, or a damaged one; copy or train it again") from None
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text cut into some hundred characters each, after a line."""
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PART_CHARACTERS) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _sentences(texts: Iterable[str | Path]) -> Iterator[str]:
+    for text in texts:
+        whole = text.read_bytes().decode() if isinstance(text, Path) else text
+        for line in whole.split("\n"):
+            for start in range(0, len(line), SENTENCE_CHARACTERS):
+                yield line[start : start + SENTENCE_CHARACTERS]
+
+
+def _training_refusal(vocab_size: int, error: str) -> ValueError:
+    """SentencePiece's complaint in terms of the setting."""
+    if match := re.search(r"value <= (\d+)", error):
+        largest = match[1]
+        return ValueError(
+            f"vocab_size={vocab_size}: the text yields at most {largest} pieces; give at most {largest}, or more text"
+        )
+    if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        smallest = match[1]
+        return ValueError(
+            f"vocab_size={vocab_size}: bytes, special tokens and the text's characters alone need {smallest}; "
+            f"give at least {smallest}"
+        )
+    if "sentences_.empty()" in error:
+        return ValueError(
+            f"vocab_size={vocab_size}: there is no text to train a tokenizer on; give files that have some"
+        )
+    return ValueError(f"vocab_size={vocab_size}: SentencePiece could not train: {error}")
+
+
+def _not_text(texts: list[str]) -> str:
+    for text in texts:
+        for position, character in enumerate(text):
+            if "\ud800" <= character <= "\udfff":
+                return (
+                    f"text {text[max(0, position - 10) : position + 10]!r}: character {position} is half of a "
+                    "surrogate pair, which UTF-8 cannot hold; decode the text with errors='replace'"
+                )
+    return "text could not be encoded: give str"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
