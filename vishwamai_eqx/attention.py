@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import kernels
@@ -140,14 +141,14 @@ class TPUMultiHeadAttention(eqx.Module):
             if positions is None:
                 return {"mask": blocks, "block_size": self.block}
             # Queries of a cache start anywhere, in each row elsewhere, so their blocks are looked up one by one.
-            rows = blocks[positions // self.block]
+            rows = jnp.asarray(blocks)[positions // self.block]
             return {"mask": jnp.repeat(rows, self.block, axis=-1)[:, None, :, :length]}
         return {}
 
 
-def block_pattern(blocks: int) -> Bool[Array, "blocks blocks"]:
+def block_pattern(blocks: int) -> Bool[np.ndarray, "blocks blocks"]:
     """Which blocks of keys a block of queries sees: its own, the one before, and the first of the row."""
-    query, key = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None, :]
+    query, key = np.arange(blocks)[:, None], np.arange(blocks)[None, :]
     return (key <= query) & ((query - key <= 1) | (key == 0))
 
 

@@ -1,0 +1,209 @@
+"""VishwamAI: embedding, pre-norm blocks of attention and experts, final norm, head."""
+
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vishwamai_eqx.attention import CacheSlot, KVCache, TPUMultiHeadAttention
+from vishwamai_eqx.config import AttentionPattern, ModelConfig, Remat
+from vishwamai_eqx.layers import Embedding, GatedMLP, TPULayerNorm
+from vishwamai_eqx.mesh import gather
+from vishwamai_eqx.moe import MoE, RouterMetrics
+
+# What the forward pass leaves for backward; "none" leaves all there is.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(eqx.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    attention_norm: TPULayerNorm
+    attention: TPUMultiHeadAttention
+    experts_norm: TPULayerNorm
+    experts: MoE | GatedMLP
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        segment_ids: Int[Array, "batch seq"],
+        slot: CacheSlot | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None, RouterMetrics | None]:
+        with jax.named_scope("attention"):
+            y, cache = self.attention(
+                self.attention_norm(x), positions, segment_ids, slot, key=key, first_row=first_row
+            )
+        x = x + y
+        y = self.experts_norm(x)
+        if isinstance(self.experts, MoE):
+            y, metrics = self.experts(y, (segment_ids > 0).astype(jnp.float32))
+        else:
+            y, metrics = self.experts(y), None
+        return x + y, cache, metrics
+
+
+class VishwamAI(eqx.Module):
+    """A decoder with grouped-query attention, rotary positions and a mixture of gated experts.
+
+    Parameters are f32; `compute_dtype` is the type of activations and matrix products. Blocks are stacked on the
+    first axis of each of their arrays and scanned.
+    """
+
+    embedding: Embedding
+    blocks: Block
+    norm: TPULayerNorm
+    untied_head: Embedding | None
+    compute_dtype: str = eqx.field(static=True)
+    remat: Remat = eqx.field(static=True)
+    scan_unroll: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int = 4096,
+        num_layers: int = 32,
+        num_heads: int = 32,
+        num_experts: int = 8,
+        ffn_dim: int = 16_384,
+        *,
+        num_kv_heads: int,
+        max_seq_len: int = 2048,
+        experts_per_token: int = 2,
+        attention_pattern: AttentionPattern = "full",
+        window: int = 512,
+        attention_block: int = 128,
+        attention: str = "auto",
+        rope_theta: float = 10_000.0,
+        tie_embeddings: bool = True,
+        dropout_rate: float = 0.0,
+        remat: Remat = "full",
+        scan_unroll: int = 1,
+        compute_dtype: str = "float32",
+        key: PRNGKeyArray,
+    ):
+        embedding_key, blocks_key, head_key = jax.random.split(key, 3)
+        # Two branches a layer add to the residual stream; so scaled, its variance does not grow with depth.
+        residual_gain = 1 / math.sqrt(2 * num_layers)
+
+        def block(key: PRNGKeyArray) -> Block:
+            attention_key, experts_key = jax.random.split(key)
+            return Block(
+                TPULayerNorm(hidden_size),
+                TPUMultiHeadAttention(
+                    hidden_size,
+                    num_heads,
+                    hidden_size // num_heads,
+                    num_kv_heads=num_kv_heads,
+                    pattern=attention_pattern,
+                    window=window,
+                    block=attention_block,
+                    rope_theta=rope_theta,
+                    dropout_rate=dropout_rate,
+                    implementation=None if attention == "auto" else attention,
+                    residual_gain=residual_gain,
+                    key=attention_key,
+                ),
+                TPULayerNorm(hidden_size),
+                MoE(
+                    hidden_size, ffn_dim, num_experts, experts_per_token, residual_gain=residual_gain, key=experts_key
+                )
+                if num_experts > 1
+                else GatedMLP(hidden_size, ffn_dim, residual_gain=residual_gain, key=experts_key),
+            )
+
+        # Logits of standard deviation 0.4 start the loss 0.08 over ln(vocab_size).
+        std = 0.4 / math.sqrt(hidden_size)
+        self.embedding = Embedding(vocab_size, hidden_size, std=std, key=embedding_key)
+        self.blocks = eqx.filter_vmap(block)(jax.random.split(blocks_key, num_layers))
+        self.norm = TPULayerNorm(hidden_size)
+        self.untied_head = None if tie_embeddings else Embedding(vocab_size, hidden_size, std=std, key=head_key)
+        self.compute_dtype, self.remat, self.scan_unroll = compute_dtype, remat, scan_unroll
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        cache: KVCache | None = None,
+        key: PRNGKeyArray | None = None,
+        placement: Any = None,
+        first_row: Int[Array, ""] | int = 0,
+    ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None, RouterMetrics | None]:
+        """Final hidden states, the cache with the new tokens in it, and the routers' metrics (of `[layers]`).
+
+        Segment 0 is padding: it is attended to by nothing and counted nowhere. With a cache, padding comes after a
+        row's tokens, and `positions` follow the cache. `key` turns dropout on. `placement` is a tree like the model
+        of where its shards lie, when called inside `shard_map`; `first_row` then says which row of the whole batch
+        is the first one here.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            start = 0 if cache is None else cache.lengths[:, None]
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        dtype = jnp.dtype(self.compute_dtype)
+        with jax.named_scope("embedding"):
+            embedding = gather(self.embedding, placement and placement.embedding, dtype)
+            # The stream starts near unit scale, which the branches' outputs have too.
+            x = embedding(tokens) * math.sqrt(embedding.weight.shape[1])
+
+        layers = jax.tree.leaves(self.blocks)[0].shape[0]
+        block_placement = placement and jax.tree.map(without_layers, placement.blocks)
+
+        def layer(carry: tuple[Array, KVCache | None], xs: tuple[Block, Array]) -> tuple[tuple, RouterMetrics | None]:
+            x, cache = carry
+            shards, index = xs
+            # Gathered here, inside what remat repeats, so that no more than one layer's weights live at a time.
+            block = gather(shards, block_placement, dtype)
+            slot = None if cache is None else CacheSlot(cache, index)
+            layer_key = None if key is None else jax.random.fold_in(key, index)
+            x, cache, metrics = block(x, positions, segment_ids, slot, key=layer_key, first_row=first_row)
+            return (x, cache), metrics
+
+        if self.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
+        xs = (self.blocks, jnp.arange(layers))
+        (x, cache), metrics = jax.lax.scan(layer, (x, cache), xs, unroll=min(self.scan_unroll, layers))
+        if cache is not None:
+            cache = KVCache(cache.keys, cache.values, cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32))
+        hidden = gather(self.norm, placement and placement.norm, dtype)(x)
+        return hidden, cache, metrics
+
+    @property
+    def head_weight(self) -> Embedding:
+        """The embedding that hidden states are compared with: the input's own unless the head is untied."""
+        return self.embedding if self.untied_head is None else self.untied_head
+
+    def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Logits in f32. Training never makes them all at once: see `loss.cross_entropy`."""
+        return self.head_weight.logits(hidden)
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` tokens."""
+        attention = self.blocks.attention
+        layers = attention.query.weight.shape[0]
+        shape = (layers, batch, attention.num_kv_heads, length, attention.head_dim)
+        empty = jnp.zeros(shape, self.compute_dtype)
+        return KVCache(empty, empty, jnp.zeros(batch, jnp.int32))
+
+
+def without_layers(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:
+    """The place of one layer's array, given that of the stack."""
+    return jax.sharding.PartitionSpec(*spec[1:])
+
+
+def build(config: ModelConfig, compute_dtype: str, key: PRNGKeyArray) -> VishwamAI:
+    """The model of a configuration."""
+    arguments = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    return VishwamAI(**arguments, compute_dtype=compute_dtype, key=key)

@@ -1,0 +1,68 @@
+"""AdamW as optax transforms that are element-wise, so that they run on shards; schedules; the global norm."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+from jax.sharding import PartitionSpec
+
+from vishwamai_eqx.config import OptimConfig
+from vishwamai_eqx.parameters import declarations
+
+
+def learning_rate(config: OptimConfig) -> optax.Schedule:
+    """Linear warm-up from 0, then a cosine, or a plateau and a linear end (2404.06395), to the final share."""
+    peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_share
+    warmup = min(config.warmup_steps, config.steps)
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    if config.schedule == "cosine":
+        fall = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), config.final_learning_rate_share)
+        return optax.join_schedules([rise, fall], [warmup])
+    decay = max(1, round(config.decay_share * config.steps))
+    start = max(config.steps - decay, warmup)
+    return optax.join_schedules(
+        [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [warmup, start]
+    )
+
+
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """AdamW (1711.05101) with decay of the parameters that declare it."""
+    return optax.chain(
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(
+            config.weight_decay, mask=lambda tree: jax.tree.map(lambda declared: declared.decay, declarations(tree))
+        ),
+        optax.scale_by_learning_rate(learning_rate(config)),
+    )
+
+
+def place_state(transform: optax.GradientTransformation, model: Any, placement: Any) -> Any:
+    """Where the optimiser's state lies: what mirrors a parameter beside it, the rest on every device."""
+    state = jax.eval_shape(transform.init, model)
+    return optax.tree_map_params(
+        transform,
+        lambda _, spec: spec,
+        state,
+        placement,
+        transform_non_params=lambda _: PartitionSpec(),
+    )
+
+
+def global_norm(gradients: Any, placement: Any) -> Float[Array, ""]:
+    """The norm of the whole gradient, given its shards: what is on every device is counted once."""
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradients)
+    sharded, whole = jnp.zeros(()), jnp.zeros(())
+    for square, spec in zip(jax.tree.leaves(squares), jax.tree.leaves(placement), strict=True):
+        if any(spec):
+            sharded += square
+        else:
+            whole += square
+    return jnp.sqrt(jax.lax.psum(sharded, "data") + whole)
+
+
+def clip(gradients: Any, norm: Float[Array, ""], limit: float) -> Any:
+    """Gradients scaled so that their global norm is at most `limit` (1211.5063)."""
+    scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
+    return jax.tree.map(lambda g: g * scale, gradients)
