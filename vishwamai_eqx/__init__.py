@@ -22,3 +22,6 @@ if importlib.util.find_spec("kernels.flash_attention") is None:
         "`kernels` is another distribution's package of that name, not VishwamAI's: uninstall it "
         "(`pip uninstall kernels`) and install vishwamai-eqx again, or use an environment of its own."
     )
+
+from vishwamai_eqx.model import VishwamAI as VishwamAI
+from vishwamai_eqx.run import load as load

@@ -5,6 +5,8 @@ two runs differ in it. Lengths are in tokens, shares between 0 and 1, `every` in
 """
 
 import dataclasses
+import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +17,8 @@ AttentionPattern = Literal["full", "window", "blocks"]
 Remat = Literal["none", "dots", "full"]
 Schedule = Literal["cosine", "wsd"]
 Precision = Literal["auto", "f32", "bf16"]
+AXES = ("data",)
+"""Of the mesh: `data` divides the batch, and with it parameters and optimiser state."""
 
 
 @dataclass(frozen=True)
@@ -178,4 +182,146 @@ PRESETS: dict[str, Config] = {
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as JSON-ready values."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(config).items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The configuration that `to_dict` made the values of; ValueError if they are not one's."""
+    sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "checkpoint": CheckpointConfig}
+    sections["eval"] = EvalConfig
+    values = dict(values)
+    try:
+        for name, section in sections.items():
+            values[name] = section(**values[name])
+        values["data"] = dataclasses.replace(values["data"], files=tuple(values["data"].files))
+        for name in ("run_dir", "tokenizer"):
+            values[name] = None if values[name] is None else Path(values[name])
+        return Config(**values)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"not a configuration of this version: {error}") from None
+
+
+def problems(config: Config, devices: int) -> list[str]:
+    """A sentence for each setting that is impossible on so many devices: name, value, constraint, nearest choice."""
+    found = []
+
+    def require(name: str, value: Any, holds: bool, constraint: str, fix: Any) -> None:
+        if not holds:
+            found.append(f"{name}={value!r} must be {constraint}; take {fix}.")
+
+    model, data, optim = config.model, config.data, config.optim
+    require("preset", config.preset, config.preset in PRESETS, f"one of {', '.join(PRESETS)}", nearest(config.preset))
+    for section in ("model", "optim", "checkpoint", "eval"):
+        for item in dataclasses.fields(getattr(config, section)):
+            value = getattr(getattr(config, section), item.name)
+            if item.type is int and item.name not in ("warmup_steps", "keep_every"):
+                require(f"{section}.{item.name}", value, value >= 1, "at least 1", 1)
+    for name, value, top in (
+        ("data.held_out_share", data.held_out_share, 1),
+        ("optim.learning_rate", optim.learning_rate, math.inf),
+        ("optim.clip_norm", optim.clip_norm, math.inf),
+        ("optim.eps", optim.eps, 1),
+    ):
+        constraint = "above 0" + (f" and below {top}" if top < math.inf else "")
+        require(name, value, 0 < value < top, constraint, field_default(name))
+    for name, value, top in (
+        ("model.dropout_rate", model.dropout_rate, 1),
+        ("optim.beta1", optim.beta1, 1),
+        ("optim.beta2", optim.beta2, 1),
+        ("optim.weight_decay", optim.weight_decay, math.inf),
+        ("optim.warmup_steps", optim.warmup_steps, math.inf),
+        ("optim.decay_share", optim.decay_share, 1.0000001),
+        ("optim.final_learning_rate_share", optim.final_learning_rate_share, 1.0000001),
+        ("optim.balance_loss_weight", optim.balance_loss_weight, math.inf),
+        ("optim.router_z_loss_weight", optim.router_z_loss_weight, math.inf),
+    ):
+        constraint = "at least 0" + (f" and at most {top:.0f}" if top < math.inf else "")
+        require(name, value, 0 <= value < top, constraint, field_default(name))
+    if found:
+        return found
+
+    heads = model.num_heads
+    fitting = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % (2 * n) == 0]
+    require(
+        "model.num_heads",
+        heads,
+        heads in fitting,
+        f"such that hidden_size={model.hidden_size} gives each head an even width",
+        closest(fitting, heads) or "an even hidden_size",
+    )
+    require(
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        heads % model.num_kv_heads == 0,
+        f"a divisor of num_heads={heads}",
+        closest([n for n in range(1, heads + 1) if heads % n == 0], model.num_kv_heads),
+    )
+    require(
+        "model.experts_per_token",
+        model.experts_per_token,
+        model.experts_per_token <= model.num_experts or model.num_experts == 1,
+        f"at most num_experts={model.num_experts}",
+        model.num_experts,
+    )
+    parts = optim.microbatches
+    require(
+        "optim.microbatches",
+        parts,
+        optim.batch_size % parts == 0,
+        f"a divisor of batch_size={optim.batch_size}",
+        closest([n for n in range(1, optim.batch_size + 1) if optim.batch_size % n == 0], parts),
+    )
+    try:
+        share = parse_mesh(config.mesh, devices)["data"]
+    except ValueError as error:
+        return [*found, str(error)]
+    require(
+        "optim.batch_size",
+        optim.batch_size,
+        optim.batch_size % (parts * share) == 0,
+        f"a multiple of microbatches={parts} times the mesh's data={share}",
+        max(1, round(optim.batch_size / (parts * share))) * parts * share,
+    )
+    return found
+
+
+def parse_mesh(spec: str, devices: int) -> dict[str, int]:
+    """The size of each mesh axis that `data=8` or `auto` asks for; ValueError if the devices do not suffice."""
+    if spec == "auto":
+        return {"data": devices}
+    sizes = dict.fromkeys(AXES, 1)
+    for part in spec.split(","):
+        name, _, size = part.partition("=")
+        if name not in AXES or not size.isdecimal() or int(size) < 1:
+            raise ValueError(
+                f"mesh={spec!r}: {part!r} must be AXIS=SIZE with an axis of {', '.join(AXES)}; take data={devices}."
+            )
+        sizes[name] = int(size)
+    needed = math.prod(sizes.values())
+    if needed > devices:
+        raise ValueError(
+            f"mesh={spec!r} must be of at most the {devices} devices there are and needs {needed}; take data={devices}."
+        )
+    return sizes
+
+
+def field_default(name: str) -> Any:
+    """The default of a field, named as on the command line."""
+    section, _, item = name.partition(".")
+    return getattr(getattr(Config(), section), item) if item else getattr(Config(), section)
+
+
+def nearest(name: str) -> str:
+    """The preset whose name is closest."""
+    return next(iter(difflib.get_close_matches(name, PRESETS, 1, 0)), "tiny")
+
+
+def closest(choices: list[int], value: int) -> int | None:
+    """The choice that is nearest to a value."""
+    return min(choices, key=lambda choice: abs(choice - value), default=None)

@@ -10,27 +10,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from vishwamai_eqx.config import AXES
 from vishwamai_eqx.parameters import declarations
 
 P = PartitionSpec
-AXES = ("data",)
 Tree = TypeVar("Tree")
-
-
-def parse(spec: str, devices: int) -> dict[str, int]:
-    """The sizes that `data=8` or `auto` gives the axes; ValueError if the devices do not suffice."""
-    if spec == "auto":
-        return {"data": devices}
-    sizes = dict.fromkeys(AXES, 1)
-    for part in spec.split(","):
-        name, _, size = part.partition("=")
-        if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"mesh={spec!r}: {part!r} is not AXIS=SIZE with an axis of {', '.join(AXES)}; try data={devices}.")
-        sizes[name] = int(size)
-    needed = int(np.prod(list(sizes.values())))
-    if needed > devices:
-        raise ValueError(f"mesh={spec!r} needs {needed} devices and there are {devices}: take data={devices} or auto.")
-    return sizes
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

@@ -114,9 +114,7 @@ class VishwamAI(eqx.Module):
                     key=attention_key,
                 ),
                 TPULayerNorm(hidden_size),
-                MoE(
-                    hidden_size, ffn_dim, num_experts, experts_per_token, residual_gain=residual_gain, key=experts_key
-                )
+                MoE(hidden_size, ffn_dim, num_experts, experts_per_token, residual_gain=residual_gain, key=experts_key)
                 if num_experts > 1
                 else GatedMLP(hidden_size, ffn_dim, residual_gain=residual_gain, key=experts_key),
             )

@@ -1,0 +1,167 @@
+"""From the command line to a `Config`: every mistake at once, each with the nearest valid choice.
+
+tyro makes the parser and the help of the dataclasses; what it would refuse one mistake at a time is looked for first.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
+
+from vishwamai_eqx.config import PRESETS, Config, from_dict, nearest, to_dict
+
+# Settings that may differ when a run is resumed: they change what is looked at, not what is computed.
+FREE = ("run_dir", "mesh", "dry_run", "json", "checkpoint", "eval")
+
+
+def parse(argv: Sequence[str], description: str | None = None) -> Config:
+    """The configuration that the arguments ask for.
+
+    Settings that are not given come from the run that is resumed, if there is one, and else from the preset. Raises
+    ValueError with a line for each mistake.
+    """
+    # No flag takes another's name for a value, so that a lost value does not swallow the next flag.
+    mistakes = list(_mistakes(argv))
+    preset = _value(argv, "--preset")
+    if preset is not None and preset not in PRESETS:
+        mistakes.append(f"preset={preset!r} must be one of {', '.join(PRESETS)}; take {nearest(preset)}.")
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    run_dir = Path(_value(argv, "--run-dir") or Path("runs") / (preset or "tiny"))
+    saved = read_config(run_dir)
+    base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
+    base = dataclasses.replace(base, dry_run=False, json=False)
+    config = tyro.cli(Config, default=base, args=list(argv), description=description)
+    config = dataclasses.replace(config, run_dir=run_dir)
+    if saved is not None and (differences := list(_differences(to_dict(saved), to_dict(config)))):
+        raise ValueError("\n".join(f"{run_dir} is a run of another configuration: {line}" for line in differences))
+    return config
+
+
+def read_config(run_dir: Path) -> Config | None:
+    """The configuration that a run was started with; None if there is no run."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        return from_dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; use another --run-dir.") from None
+
+
+def write_config(config: Config) -> None:
+    """Save the configuration in its run directory."""
+    assert config.run_dir is not None
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    fresh = config.run_dir / "config.json.tmp"
+    fresh.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    fresh.replace(config.run_dir / "config.json")
+
+
+def flags() -> dict[str, Any]:
+    """The type of each flag's value."""
+    found: dict[str, Any] = {"--help": bool, "-h": bool}
+
+    def visit(section: type, prefix: str) -> None:
+        for name, hint in get_type_hints(section, include_extras=True).items():
+            aliases: tuple[str, ...] = ()
+            if get_origin(hint) is Annotated:
+                hint, *extras = get_args(hint)
+                aliases = tuple(alias for extra in extras for alias in getattr(extra, "aliases", None) or ())
+            if dataclasses.is_dataclass(hint):
+                visit(hint, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]
+                continue
+            flag = f"{prefix}{name}".replace("_", "-")
+            for alias in (f"--{flag}", *aliases):
+                found[alias] = hint
+            if hint is bool:
+                head, _, tail = flag.rpartition(".")
+                found[f"--{head}{'.' if head else ''}no-{tail}"] = hint
+
+    visit(Config, "")
+    return found
+
+
+def _mistakes(argv: Sequence[str]) -> Iterator[str]:
+    """A sentence for each argument that is no flag, or no value of its flag."""
+    known = flags()
+    at = 0
+    while at < len(argv):
+        flag, equals, value = argv[at].partition("=")
+        flag = flag.replace("_", "-") if flag.startswith("--") else flag
+        values = [value] if equals else []
+        at += 1
+        while at < len(argv) and not equals and (not argv[at].startswith("-") or _is_number(argv[at])):
+            values.append(argv[at])
+            at += 1
+        if flag not in known:
+            guess = next(iter(difflib.get_close_matches(flag, known, 1, 0.5)), "--help for all of them")
+            yield f"{argv[at - 1 - (0 if equals else len(values))]} is not a setting; take {guess}."
+            continue
+        hint = known[flag]
+        several = get_origin(hint) is tuple
+        if hint is bool:
+            if values:
+                yield f"{flag} takes no value and got {values[0]!r}; leave the value out."
+        elif not values:
+            yield f"{flag} needs a value; give one after it."
+        elif len(values) > 1 and not several:
+            yield f"{flag} takes one value and got {len(values)}: {' '.join(values)!r}; quote a value with spaces."
+        elif (wrong := _wrong(hint, values[0])) is not None:
+            yield f"{flag.lstrip('-').replace('-', '_')}={values[0]!r} must be {wrong}."
+
+
+def _wrong(hint: Any, value: str) -> str | None:
+    """What a value of that type must be, if this is none."""
+    if get_origin(hint) is Literal:
+        choices = [str(choice) for choice in get_args(hint)]
+        if value not in choices:
+            guess = difflib.get_close_matches(value, choices, 1, 0)[0]
+            return f"one of {', '.join(choices)}; take {guess}"
+    if hint is int:
+        try:
+            int(value)
+        except ValueError:
+            guess = (
+                f"; take {float(value):.0f}" if _is_number(value) and abs(float(value)) < 1e18 else "; take a number"
+            )
+            return f"a whole number{guess}"
+    if hint is float and not _is_number(value):
+        return "a number; take one such as 0.1"
+    return None
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _value(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag, last given wins."""
+    found = None
+    for at, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            found = value if equals else argv[at + 1]
+    return found
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """A sentence for each setting of a run that cannot change under it."""
+    for name, value in saved.items():
+        if not prefix and name in FREE:
+            continue
+        if isinstance(value, dict):
+            yield from _differences(value, wanted[name], f"{prefix}{name}.")
+        elif value != wanted[name]:
+            yield (
+                f"{prefix}{name}={wanted[name]!r} must be {value!r} as it was saved; "
+                "leave it out to resume, or take another --run-dir."
+            )

@@ -1,0 +1,171 @@
+"""Generation: prefill a KV cache, then one jitted loop of decode steps, with sampling settings and seeds by row."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vishwamai_eqx.attention import KVCache
+from vishwamai_eqx.model import VishwamAI
+
+# Tokens that the loop makes before the host looks: text streams, and few launches are paid for.
+STRIDE = 8
+# Prompts and caches are padded to powers of two from here, so that few shapes are ever compiled.
+SMALLEST_BUCKET = 16
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the largest."""
+    top_k: int = 0
+    """Only the k most likely tokens are drawn; 0: all."""
+    top_p: float = 1.0
+    """Only the fewest most likely tokens whose probability reaches p are drawn (1904.09751)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature} must be at least 0; 0 is greedy, 1 the model's own.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 draws from all tokens.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; 1 draws from all tokens.")
+
+
+class Rows(eqx.Module):
+    """The rows being generated."""
+
+    cache: KVCache
+    logits: Float[Array, "batch vocab"]
+    """Of the next token."""
+    key: Array
+    """One of each row: with the token's position it decides the draw, so neighbours do not matter."""
+    done: Bool[Array, "batch"]
+    temperature: Float[Array, "batch"]
+    top_k: Int[Array, "batch"]
+    top_p: Float[Array, "batch"]
+
+
+def stream(
+    model: VishwamAI,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    seed: int = 0,
+    max_length: int | None = None,
+) -> Iterator[list[list[int]]]:
+    """Yield, a few at a time, each row's new tokens; `eos_id` ends a row and is not yielded.
+
+    Row i draws with the seed's i-th key. Raises ValueError if a prompt is empty, or with its new tokens longer than
+    `max_length`, the context that the model was trained for.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    longest = max(len(prompt) for prompt in prompts)
+    if min(len(prompt) for prompt in prompts) == 0:
+        raise ValueError("prompt: it has no token; begin it with [BOS] at least.")
+    if max_length is not None and longest + max_new_tokens > max_length:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens it is over the model's context of "
+            f"{max_length}; take at most {max(max_length - longest, 0)} or a shorter prompt."
+        )
+    tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    # The loop may run over by a stride, and the padding of the prompt is written too.
+    length = bucket(max(tokens.shape[1], longest + max_new_tokens + STRIDE))
+    cache, logits = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), length=length)
+    batch = len(prompts)
+    rows = Rows(
+        cache,
+        logits,
+        jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch)),
+        jnp.zeros(batch, bool),
+        jnp.full(batch, sampling.temperature, jnp.float32),
+        jnp.full(batch, sampling.top_k, jnp.int32),
+        jnp.full(batch, sampling.top_p, jnp.float32),
+    )
+    made, done = 0, np.zeros(batch, bool)
+    while made < max_new_tokens and not done.all():
+        new, rows = decode(model, rows, jnp.asarray(eos_id, jnp.int32))
+        pieces = []
+        for i, row in enumerate(np.asarray(new)[:, : max_new_tokens - made].tolist()):
+            end = row.index(eos_id) if eos_id in row else len(row)
+            pieces.append([] if done[i] else row[:end])
+            done[i] |= end < len(row)
+        made += STRIDE
+        yield pieces
+
+
+def generate(model: VishwamAI, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
+    """Each row's new tokens, all at once; takes what `stream` takes."""
+    rows: list[list[int]] = [[] for _ in prompts]
+    for pieces in stream(model, prompts, **options):  # pyright: ignore[reportArgumentType]
+        for row, piece in zip(rows, pieces, strict=True):
+            row.extend(piece)
+    return rows
+
+
+def bucket(length: int) -> int:
+    """The next power of two."""
+    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def prefill(
+    model: VishwamAI, tokens: Int[Array, "batch seq"], lengths: Int[Array, "batch"], *, length: int
+) -> tuple[KVCache, Float[Array, "batch vocab"]]:
+    """Read prompts, padded behind, into a new cache of `length` slots; with the logits after each prompt's last token."""
+    segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
+    hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=model.new_cache(tokens.shape[0], length))
+    assert cache is not None
+    return cache, model.head(hidden[jnp.arange(tokens.shape[0]), lengths - 1])
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def decode(model: VishwamAI, rows: Rows, eos_id: Int[Array, ""]) -> tuple[Int[Array, "batch stride"], Rows]:
+    """Draw and read `STRIDE` tokens a row; a row that is done draws on, unread."""
+
+    def step(rows: Rows, _: None) -> tuple[Rows, Int[Array, "batch"]]:
+        tokens = draw(rows)
+        hidden, cache, _ = model(tokens[:, None], cache=rows.cache)
+        done = rows.done | (tokens == eos_id)
+        return eqx.tree_at(
+            lambda rows: (rows.cache, rows.logits, rows.done), rows, (cache, model.head(hidden[:, 0]), done)
+        ), tokens
+
+    rows, tokens = jax.lax.scan(step, rows, length=STRIDE)
+    return tokens.T, rows
+
+
+def draw(rows: Rows) -> Int[Array, "batch"]:
+    """A token for each row."""
+
+    def cut(logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+        """The logits with -inf for what top-k and top-p leave out; of equals at the border all stay."""
+        order = jnp.sort(logits, axis=-1, descending=True)
+        kept = jnp.where(rows.top_k > 0, rows.top_k, order.shape[-1])
+        least = jnp.take_along_axis(order, jnp.minimum(kept, order.shape[-1])[:, None] - 1, axis=-1)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+        order = jnp.where(order >= least, order, -jnp.inf)
+        # A token stays while those above it have not reached p.
+        above = jnp.cumsum(jax.nn.softmax(order, axis=-1), axis=-1) - jax.nn.softmax(order, axis=-1)
+        least = jnp.min(jnp.where(above < rows.top_p[:, None], order, jnp.inf), axis=-1, keepdims=True)
+        return jnp.where(logits >= least, logits, -jnp.inf)
+
+    greedy = jnp.argmax(rows.logits, axis=-1)
+    scaled = rows.logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    scaled = jax.lax.cond(jnp.any((rows.top_k > 0) | (rows.top_p < 1)), cut, lambda logits: logits, scaled)
+    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.cache.lengths)
+    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
+    return jnp.where(rows.temperature > 0, drawn, greedy).astype(jnp.int32)
