@@ -5,7 +5,7 @@ function of the seed and n alone, and a process reads only the rows that it asks
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -13,28 +13,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 import grain
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int32, Int64, Integer
+from jaxtyping import Array, Int32, Int64, Integer, UInt32
 
 from vishwamai_eqx import packing
-from vishwamai_eqx.documents import Corpus
-from vishwamai_eqx.documents import load_documents as load_documents
+from vishwamai_eqx.cache import cache_folder
+from vishwamai_eqx.corpus import Corpus as Corpus
+from vishwamai_eqx.corpus import load_documents as load_documents
 from vishwamai_eqx.token_cache import tokenize
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
-# A vocabulary does not get better with more text than this.
+# A vocabulary does not get better with more text than this, and its training holds all of it in memory.
 TOKENIZER_BYTES = 32 << 20
 
 
 class Batch(NamedTuple):
-    """Rows of packed documents; where `segment_ids` is 0 there is nothing, and nothing to predict."""
+    """Rows of packed documents; where `segment_ids` is 0 there is nothing, and nothing to predict.
 
-    tokens: Int32[Array | np.ndarray, "batch seq"]
-    targets: Int32[Array | np.ndarray, "batch seq"]
+    On a device it may have a leading axis of microbatches.
+    """
+
+    tokens: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    targets: Int32[Array | np.ndarray, "*microbatches batch seq"]
     """The token after each, within its document."""
-    segment_ids: Int32[Array | np.ndarray, "batch seq"]
+    segment_ids: Int32[Array | np.ndarray, "*microbatches batch seq"]
     """1, 2, ... for the documents of a row."""
-    positions: Int32[Array | np.ndarray, "batch seq"]
+    positions: Int32[Array | np.ndarray, "*microbatches batch seq"]
     """From 0 in each segment."""
 
 
@@ -44,7 +50,10 @@ class Dataset:
 
     tokenizer: VishwamAITokenizer
     tokens: Integer[np.ndarray, "stream"]
-    train_rows: packing.Rows
+    train_rows: tuple[packing.Rows, ...]
+    """The rows of each source; of all text together if sources have no weights."""
+    weights: tuple[float, ...]
+    """How much each of `train_rows` gives to a batch, relative to the others."""
     held_out_rows: packing.Rows
     held_out_spans: Int64[np.ndarray, "documents 2"]
     """Where each held-out document begins and ends in the stream."""
@@ -56,24 +65,15 @@ class Dataset:
     fingerprint: str
     """Sixteen hexadecimal digits: two runs with the same ones see the same batches."""
 
-    @cached_property
-    def _shuffled(self) -> grain.MapDataset:
-        return (
-            grain.MapDataset.source(_RowSource(self.tokens, self.train_rows, self.seq_len))
-            .shuffle(seed=self.seed % 2**32)
-            .repeat()
-        )
-
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n of the run, or those of its rows that a process needs."""
         first = n * self.batch_size
-        numbers = range(first, first + self.batch_size)[rows]
-        return _stack([self._shuffled[number] for number in numbers])
+        return _stack([self._rows[number] for number in range(first, first + self.batch_size)[rows]])
 
     @property
     def batches_per_epoch(self) -> float:
-        """Batches until every training row was seen once."""
-        return len(self.train_rows) / self.batch_size
+        """Batches that hold as many rows as there are."""
+        return sum(map(len, self.train_rows)) / self.batch_size
 
     def held_out_batches(self, rows: int, limit: int | None = None) -> Iterator[Batch]:
         """The held-out rows (the first `limit` of them), `rows` at a time; the last batch ends in empty rows."""
@@ -86,64 +86,108 @@ class Dataset:
     def held_out_text(self) -> Iterator[bytes]:
         """The held-out documents, in their order on disk, as bytes."""
         for start, end in self.held_out_spans.tolist():
-            yield self.tokenizer.decode_bytes(self.tokens[start:end])
+            for part in range(start, end, 1 << 20):
+                yield self.tokenizer.decode_bytes(self.tokens[part : min(part + (1 << 20), end)])
 
     def source_bytes(self, batch: Batch) -> int:
         """Bytes of source text that a batch predicts."""
         return int(self.tokenizer.piece_lengths[batch.targets][batch.segment_ids > 0].sum())
 
+    @cached_property
+    def _rows(self) -> grain.MapDataset:
+        """The training rows without end, each source shuffled anew in each of its epochs."""
+        sources = [
+            grain.MapDataset.source(_Rows(self.tokens, rows, self.seq_len))
+            .shuffle(seed=(self.seed + number) % 2**32)
+            .repeat()
+            for number, rows in enumerate(self.train_rows)
+        ]
+        return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, self.weights)
+
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, directory: Path) -> VishwamAITokenizer:
     """A tokenizer trained on the documents that are not held out, a sample of them where they are many."""
-    chosen = np.flatnonzero(~corpus.held_out)
-    # In the order of their hashes, which have nothing to do with what they say.
-    chosen = chosen[np.argsort(corpus.digests[chosen], kind="stable")]
-    enough = np.searchsorted(np.cumsum(corpus.sizes[chosen]), TOKENIZER_BYTES) + 1
-    texts = (text for document in chosen[:enough].tolist() for text in corpus.text(document))
-    return VishwamAITokenizer.train(texts, vocab_size, directory)
+    return VishwamAITokenizer.train(corpus.training_text(TOKENIZER_BYTES), vocab_size, directory)
 
 
 def prepare(
-    corpus: Corpus, tokenizer: VishwamAITokenizer, *, seq_len: int, batch_size: int, seed: int, cache_dir: Path
+    corpus: Corpus,
+    tokenizer: VishwamAITokenizer,
+    *,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    cache_dir: Path | None = None,
 ) -> Dataset:
-    """Tokenize and pack the corpus, or find that done in `cache_dir`."""
-    stream = tokenize(corpus, tokenizer, cache_dir)
-    train, held_out = ~corpus.held_out, corpus.held_out
+    """Tokenize the corpus, or find that done, and pack it."""
+    if seq_len < 1 or batch_size < 1:
+        raise ValueError(f"seq_len={seq_len}, batch_size={batch_size}: give at least 1 of each")
+    stream = tokenize(corpus, tokenizer, cache_dir or cache_folder())
+    held_out, weights = corpus.held_out, corpus.data.weights
+    train_rows = []
+    for number in range(len(weights) or 1):
+        chosen = ~held_out & (corpus.source == number) if weights else ~held_out
+        if not chosen.any():
+            raise ValueError(
+                f"data.files={corpus.data.files[number]!r}: all of its documents are held out, so its weight "
+                f"{weights[number]:g} has no rows to count; give it more documents or leave out data.weights"
+            )
+        train_rows.append(packing.pack(stream.starts[chosen], stream.ends[chosen], seq_len))
+    identity = blake2b(digest_size=8)
+    identity.update(
+        repr([corpus.fingerprint, tokenizer.fingerprint, seq_len, batch_size, seed, list(weights)]).encode()
+    )
+    identity.update(np.packbits(held_out))
+    identity.update(corpus.source if weights else b"")
     return Dataset(
         tokenizer=tokenizer,
         tokens=stream.tokens,
-        train_rows=packing.pack(stream.starts[train], stream.ends[train], seq_len),
+        train_rows=tuple(train_rows),
+        weights=weights or (1.0,),
         held_out_rows=packing.permute(packing.pack(stream.starts[held_out], stream.ends[held_out], seq_len), seed),
         held_out_spans=np.stack([stream.starts[held_out], stream.ends[held_out]], axis=1),
         held_out_bytes=int(corpus.sizes[held_out].sum()),
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
-        fingerprint=blake2b(
-            f"{corpus.fingerprint} {tokenizer.fingerprint} {seq_len} {batch_size} {seed}".encode()
-            + np.packbits(held_out).tobytes(),
-            digest_size=8,
-        ).hexdigest(),
+        fingerprint=identity.hexdigest(),
     )
 
 
-def batch_hash(batch: Batch, first_row: int = 0) -> str:
-    """Sixteen hexadecimal digits that name a batch's rows.
-
-    The sum, modulo 2^64, of a hash of each row with its number in the global batch, so the parts of several processes
-    add up.
-    """
-    fields = [np.ascontiguousarray(field, np.int32) for field in batch]
-    total = 0
-    for index, row in enumerate(zip(*fields, strict=True), first_row):
-        digest = blake2b(index.to_bytes(8, "little"), digest_size=8)
-        for field in row:
-            digest.update(field.tobytes())
-        total += int.from_bytes(digest.digest(), "little")
-    return f"{total % 2**64:016x}"
+def batch_hash(batch: Batch) -> str:
+    """Sixteen hexadecimal digits that name a batch's rows, whatever their order, the devices or the processes."""
+    if isinstance(batch.tokens, np.ndarray):
+        high, low = hash_lanes(batch).tolist()
+    else:
+        high, low = np.asarray(_hash_lanes(batch)).tolist()
+    return f"{high:08x}{low:08x}"
 
 
-def gzip_bits_per_byte(text: Iterator[bytes]) -> float:
+def hash_lanes(batch: Batch) -> UInt32[Array | np.ndarray, "2"]:
+    """The two halves of `batch_hash`: a sum over rows, so it can be computed where they lie."""
+    xp = np if isinstance(batch.tokens, np.ndarray) else jnp
+    columns = xp.arange(batch.tokens.shape[-1], dtype=np.uint32)
+    lanes = []
+    for seed in (0x9E3779B9, 0x85EBCA6B):
+        cells = columns * np.uint32(seed)
+        for field in batch:
+            cells = _mix(cells ^ field.astype(np.uint32))
+        rows = _mix(cells.sum(axis=-1, dtype=np.uint32))
+        lanes.append(rows.sum(dtype=np.uint32))
+    return xp.stack(lanes)
+
+
+def _mix(values):
+    """A bijection of 32 bits in which every bit moves every other."""
+    values = (values ^ (values >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    values = (values ^ (values >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return values ^ (values >> np.uint32(16))
+
+
+_hash_lanes = jax.jit(hash_lanes)
+
+
+def gzip_bits_per_byte(text: Iterable[bytes]) -> float:
     """What `gzip -9` needs for a byte of a text: the figure for a model to beat."""
     compressor = zlib.compressobj(9, wbits=31)
     read, written = 0, 0
@@ -153,7 +197,7 @@ def gzip_bits_per_byte(text: Iterator[bytes]) -> float:
     return 8 * (written + len(compressor.flush())) / read
 
 
-class _RowSource:
+class _Rows:
     """The training rows, as grain reads them: by number."""
 
     def __init__(self, tokens: Integer[np.ndarray, "stream"], rows: packing.Rows, seq_len: int):
@@ -162,18 +206,17 @@ class _RowSource:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> Int32[np.ndarray, "fields seq"]:
+    def __getitem__(self, number: int) -> Int32[np.ndarray, "4 seq"]:
         return _row(self.tokens, self.rows, number, self.seq_len)
 
 
 def _row(
     tokens: Integer[np.ndarray, "stream"], rows: packing.Rows, number: int, seq_len: int
-) -> Int32[np.ndarray, "fields seq"]:
+) -> Int32[np.ndarray, "4 seq"]:
     """The four fields of one row, in the order of `Batch`."""
     row = np.zeros((4, seq_len), np.int32)
-    first, last = int(rows.first[number]), int(rows.first[number + 1])
     at = 0
-    for segment, stretch in enumerate(range(first, last), 1):
+    for segment, stretch in enumerate(range(int(rows.first[number]), int(rows.first[number + 1])), 1):
         start, length = int(rows.start[stretch]), int(rows.length[stretch])
         here = slice(at, at + length)
         row[0, here] = tokens[start : start + length]
@@ -184,5 +227,5 @@ def _row(
     return row
 
 
-def _stack(rows: list[Int32[np.ndarray, "fields seq"]]) -> Batch:
+def _stack(rows: list[Int32[np.ndarray, "4 seq"]]) -> Batch:
     return Batch(*np.stack(rows, axis=1))

@@ -1,102 +1,46 @@
-"""Text on disk as documents: which there are, what is in them, and which of them are held out."""
+"""Text on disk as documents: which files there are, and what is in them, a block at a time."""
 
 import codecs
 import glob
+import gzip
+import json
 import os
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Bool, Int64, UInt64
+import duckdb
 
 from vishwamai_eqx.config import DataConfig
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-# Documents are read in blocks of at most this many bytes, so that memory does not grow with the longest of them.
-BLOCK_BYTES = 4 << 20
+JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+PARQUET_SUFFIXES = (".parquet",)
+SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
+# A file is read in blocks of at most this many bytes, so that memory does not grow with the longest document.
+BLOCK_BYTES = 1 << 20
 # Folders under the standard library that are installed packages, tests, or one table over and over.
 NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings"}
 
 
-@dataclass(frozen=True)
-class Block:
-    """A piece of a document's text, cut after a line; `last` closes the document."""
-
-    document: int
-    text: str
-    last: bool
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Every document of a run's data, known by its content; the text itself stays on disk."""
-
-    files: tuple[Path, ...]
-    """The file of each document."""
-    digests: UInt64[np.ndarray, "documents"]
-    """A hash of each document's bytes."""
-    sizes: Int64[np.ndarray, "documents"]
-    """Bytes of each document."""
-    held_out: Bool[np.ndarray, "documents"]
-    """Whether training never sees a document."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Sixteen hexadecimal digits that name the text, wherever it lies."""
-        return blake2b(self.digests.tobytes() + self.sizes.tobytes(), digest_size=8).hexdigest()
-
-    def blocks(self, first: int = 0) -> Iterator[Block]:
-        """The text of the documents from `first` on, in order; refused when it is no longer what was indexed."""
-        for index in range(first, len(self.files)):
-            digest = blake2b(digest_size=8)
-            for text, last in _read(self.files[index]):
-                digest.update(text.encode())
-                if last and int.from_bytes(digest.digest(), "little") != int(self.digests[index]):
-                    raise ValueError(f"{self.files[index]}: changed while it was being read; start again")
-                yield Block(index, text, last)
-
-    def text(self, document: int) -> Iterator[str]:
-        """One document's text, in blocks."""
-        return (text for text, _ in _read(self.files[document]))
-
-
-def load_documents(data: DataConfig, seed: int = 0) -> Corpus:
-    """Find the documents, read each once, and choose those that are held out."""
-    if not 0 < data.held_out_share < 1:
-        raise ValueError(f"data.held_out_share={data.held_out_share}: give a share between 0 and 1, such as 0.05")
-    files = find_files(data)
-    digests, sizes = [], []
-    for path in files:
-        digest, size = blake2b(digest_size=8), 0
-        for text, _ in _read(path):
-            encoded = text.encode()
-            digest.update(encoded)
-            size += len(encoded)
-        if size == 0:
-            raise ValueError(f"{path}: empty; leave it out of data.files")
-        digests.append(int.from_bytes(digest.digest(), "little"))
-        sizes.append(size)
-    content, lengths = np.array(digests, np.uint64), np.array(sizes, np.int64)
-    return Corpus(tuple(files), content, lengths, choose_held_out(content, lengths, data.held_out_share, seed))
-
-
-def find_files(data: DataConfig) -> list[Path]:
-    """The files that the globs match, each once, in order of path."""
+def find_files(data: DataConfig) -> list[list[Path]]:
+    """The files that each glob matches, in order of path; a file that several match belongs to the first."""
     if not data.files:
-        return _standard_library()
-    found: set[str] = set()
+        return [_standard_library()]
+    seen: set[str] = set()
+    sources = []
     for pattern in data.files:
-        matches = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+        matches = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
         if not matches:
             raise ValueError(f"data.files={pattern!r}: no file matches; give a glob of files that are there")
         for name in matches:
-            if not name.endswith(TEXT_SUFFIXES):
-                raise ValueError(f"{name}: not one of {', '.join(TEXT_SUFFIXES)}; narrow data.files={pattern!r}")
-        found.update(matches)
-    return [Path(name) for name in sorted(found)]
+            if not name.endswith(SUFFIXES):
+                raise ValueError(f"{name}: not one of {' '.join(SUFFIXES)}; narrow data.files={pattern!r}")
+        sources.append([Path(name) for name in matches if name not in seen])
+        if not sources[-1]:
+            raise ValueError(f"data.files={pattern!r}: earlier globs match all of its files; leave it out")
+        seen.update(matches)
+    return sources
 
 
 def _standard_library() -> list[Path]:
@@ -107,24 +51,49 @@ def _standard_library() -> list[Path]:
     return [path for path in files if path.stat().st_size > 0]
 
 
-def _read(path: Path) -> Iterator[tuple[str, bool]]:
-    """A file's text in blocks, and whether each is the last; line ends and byte-order marks stay as they are."""
+def read(path: Path, text_column: str) -> Iterator[tuple[str, bool]]:
+    """A file's documents in order, in blocks that end after a line, each with whether it ends its document.
+
+    Line ends, byte-order marks and all else stay as they are.
+    """
+    try:
+        if path.name.endswith(TEXT_SUFFIXES):
+            yield from _read_text(path)
+            return
+        found = False
+        for text in _read_records(path, text_column):
+            found = True
+            for start in range(0, len(text) or 1, BLOCK_BYTES):
+                yield text[start : start + BLOCK_BYTES], start + BLOCK_BYTES >= len(text)
+        if not found:
+            raise ValueError(f"{path}: empty; leave it out of data.files")
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); mend that or leave it out of data.files"
+        ) from None
+
+
+def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    read, kept = 0, ""
+    size, kept, pending = 0, "", 0
     with path.open("rb") as file:
         while True:
             content = file.read(BLOCK_BYTES)
             last = len(content) < BLOCK_BYTES
             if b"\0" in content:
-                raise ValueError(f"{path}: binary, with a zero byte at {read + content.index(0)}; leave it out")
+                raise ValueError(f"{path}: binary, with a zero byte at {size + content.index(0)}; leave it out")
             try:
                 kept += decoder.decode(content, final=last)
             except UnicodeDecodeError as error:
+                where = size - pending + error.start
                 raise ValueError(
-                    f"{path}: not UTF-8 ({error.reason} near byte {read + error.start}); convert it or leave it out"
+                    f"{path}: not UTF-8 ({error.reason} at byte {where}); convert it or leave it out"
                 ) from None
-            read += len(content)
+            pending = len(decoder.getstate()[0])
+            size += len(content)
             if last:
+                if size == 0:
+                    raise ValueError(f"{path}: empty; leave it out of data.files")
                 yield kept, True
                 return
             cut = kept.rfind("\n") + 1 or len(kept)
@@ -132,29 +101,63 @@ def _read(path: Path) -> Iterator[tuple[str, bool]]:
             kept = kept[cut:]
 
 
-def choose_held_out(
-    digests: UInt64[np.ndarray, "documents"], sizes: Int64[np.ndarray, "documents"], share: float, seed: int
-) -> Bool[np.ndarray, "documents"]:
-    """Whole documents that together hold about `share` of the bytes; copies of one text stay on one side.
+def _read_records(path: Path, text_column: str) -> Iterator[str]:
+    """The named column of a JSON-lines or Parquet file."""
+    is_json = path.name.endswith(JSON_SUFFIXES)
+    column = '"' + text_column.replace('"', '""') + '"'
+    quoted = "'" + text_column.replace("'", "''") + "'"
+    # One thread: DuckDB then holds one part of the file at a time.
+    with duckdb.connect(config={"threads": 1}) as connection:
+        if is_json:
+            source = f"read_json(?, format='newline_delimited', records=true, columns={{{quoted}: 'VARCHAR'}})"
+        else:
+            source = "read_parquet(?)"
+        try:
+            described = connection.execute(f"DESCRIBE SELECT * FROM {source}", [str(path)]).fetchall()
+            kinds = {name: kind for name, kind, *_ in described}
+            if kinds.get(text_column) != "VARCHAR":
+                texts = [name for name, kind in kinds.items() if kind == "VARCHAR"]
+                raise ValueError(
+                    f"{path}: no text column {text_column!r}; set data.text_column to "
+                    f"{' or '.join(map(repr, texts)) or 'one of text, which this file has none of'}"
+                )
+            cursor = connection.execute(f"SELECT {column} FROM {source}", [str(path)])
+            number = 0
+            while rows := cursor.fetchmany(256):
+                for (text,) in rows:
+                    number += 1
+                    if text is None:
+                        where = _bad_line(path, text_column) if is_json else None
+                        raise ValueError(where or f"{path}, record {number}: no text in column {text_column!r}")
+                    yield text
+        except duckdb.Error as error:
+            reason = str(error).split("\n")[0].split(": ", 1)[-1]
+            if is_json:
+                raise ValueError(_bad_line(path, text_column) or f"{path}: cannot be read as JSON ({reason})") from None
+            raise ValueError(f"{path}: damaged or cut short ({reason}); copy or make it again") from None
 
-    Texts are taken in the order of a hash of their content and the seed, those that would pass the share left out, so
-    where files lie or what order they come in changes nothing and a new document moves few others.
-    """
-    unique, which = np.unique(digests, return_inverse=True)
-    group_sizes = np.bincount(which, weights=sizes).astype(np.int64)
-    total = int(group_sizes.sum())
-    room = share * total
-    keys = [blake2b(f"{seed} {digest}".encode(), digest_size=8).digest() for digest in unique.tolist()]
-    taken = np.zeros(len(unique), bool)
-    for group in sorted(range(len(unique)), key=keys.__getitem__):
-        if group_sizes[group] <= room:
-            taken[group] = True
-            room -= group_sizes[group]
-    if not taken.any() or taken.all():
-        least = group_sizes.min() / total
-        fix = f"give at least {least:.2g}, or more documents" if len(unique) > 1 else "give at least two documents"
-        raise ValueError(
-            f"data.held_out_share={share}: of {len(digests)} documents with {len(unique)} different texts, "
-            f"none is small enough to be held out; {fix}"
-        )
-    return taken[which]
+
+def _bad_line(path: Path, text_column: str) -> str | None:
+    """What is wrong with the first line that is: DuckDB's own line numbers leave out blank lines."""
+    if path.name.endswith(".zst"):
+        return None
+    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                    json.dumps(record, ensure_ascii=False).encode()
+                except ValueError as error:
+                    reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                    return f"{path}, line {number}: not JSON ({reason}); mend or remove the line"
+                if not isinstance(record, dict) or record.get(text_column) is None:
+                    has = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+                    return (
+                        f"{path}, line {number}: no column {text_column!r} (it has {has}); "
+                        "set data.text_column or mend the line"
+                    )
+        except (EOFError, gzip.BadGzipFile):
+            return f"{path}: damaged or cut short; copy or make it again"
+    return None

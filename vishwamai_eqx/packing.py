@@ -57,26 +57,41 @@ def permute(rows: Rows, seed: int) -> Rows:
 
 
 def _best_fit(lengths: Int64[np.ndarray, "items"], capacity: int) -> Int64[np.ndarray, "items"]:
-    """A row for each item, by best fit, longest first."""
+    """A row for each item, by best fit, longest first; items of one length go together."""
     result = np.zeros(len(lengths), np.int64)
-    rows_by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    if not len(lengths):
+        return result
+    rows_by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
     # Bit r is set while some row has r tokens of room: the lowest set bit from an item's length up is its best fit.
     rooms = 0
     count = 0
+
+    def leave(room: int, rows: np.ndarray) -> None:
+        nonlocal rooms
+        if room and len(rows):
+            rows_by_room[room].append(rows)
+            rooms |= 1 << room
+
     order = np.argsort(-lengths, kind="stable")
-    for item, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        fitting = rooms >> length
-        if fitting:
+    distinct, firsts = np.unique(-lengths[order], return_index=True)
+    for negative, items in zip(distinct.tolist(), np.split(order, firsts[1:]), strict=True):
+        length = -negative
+        while len(items) and (fitting := rooms >> length):
             room = length + (fitting & -fitting).bit_length() - 1
-            row = rows_by_room[room].pop()
+            rows = rows_by_room[room].pop()
             if not rows_by_room[room]:
                 rooms ^= 1 << room
-        else:
-            room, row = capacity, count
-            count += 1
-        result[item] = row
-        left = room - length
-        rows_by_room[left].append(row)
-        if left:
-            rooms |= 1 << left
+            used = rows[: len(items)]
+            result[items[: len(used)]] = used
+            items = items[len(used) :]
+            leave(room - length, used)
+            leave(room, rows[len(used) :])
+        if len(items):
+            each = capacity // length
+            rows = np.arange(count, count - (-len(items) // each))
+            count += len(rows)
+            result[items] = np.repeat(rows, each)[: len(items)]
+            full, rest = divmod(len(items), each)
+            leave(capacity - each * length, rows[:full])
+            leave(capacity - rest * length, rows[full:])
     return result

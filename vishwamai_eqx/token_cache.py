@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int64, Integer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vishwamai_eqx.documents import Block, Corpus
+from vishwamai_eqx.cache import MegabyteBar, locked
+from vishwamai_eqx.corpus import Block, Corpus
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 # Text that is encoded, written and synchronised at a time: what a kill can cost.
 CHUNK_BYTES = 8 << 20
+# Raised when the stream would come out differently.
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -26,22 +27,21 @@ class TokenStream:
 
 
 def tokenize(corpus: Corpus, tokenizer: VishwamAITokenizer, cache_dir: Path) -> TokenStream:
-    """The corpus's ids, from the cache or into it; one that was cut short goes on where it stopped."""
+    """The corpus's ids, from the cache or into it; what was cut short goes on where it stopped."""
     specials = f"{tokenizer.bos_id}-{tokenizer.eos_id}"
-    directory = cache_dir / "tokens" / f"{corpus.fingerprint}-{tokenizer.fingerprint}-{specials}"
-    directory.mkdir(parents=True, exist_ok=True)
+    folder = cache_dir / "tokens" / f"{FORMAT}-{corpus.fingerprint}-{tokenizer.fingerprint}-{specials}"
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
-    tokens_path, ends_path = directory / f"tokens.{dtype.name}", directory / "ends.int64"
-    documents = len(corpus.sizes)
-    done, end = _progress(tokens_path, ends_path, dtype)
-    if done < documents:
-        _append(corpus, tokenizer, tokens_path, ends_path, dtype, done, end)
+    tokens_path, ends_path = folder / f"tokens.{dtype.name}", folder / "ends.int64"
+    with locked(folder):
+        documents, end = _whole(tokens_path, ends_path, dtype)
+        if documents < len(corpus.sizes):
+            _append(corpus, tokenizer, tokens_path, ends_path, dtype, documents, end)
     ends = np.fromfile(ends_path, np.int64)
     tokens = np.memmap(tokens_path, dtype, "r", shape=(int(ends[-1]),))
     return TokenStream(tokens, np.concatenate([[0], ends[:-1]]), ends)
 
 
-def _progress(tokens_path: Path, ends_path: Path, dtype: np.dtype) -> tuple[int, int]:
+def _whole(tokens_path: Path, ends_path: Path, dtype: np.dtype) -> tuple[int, int]:
     """Documents that are whole on disk, and their tokens; what lies behind them is cut off."""
     tokens_path.touch()
     ends_path.touch()
@@ -49,8 +49,9 @@ def _progress(tokens_path: Path, ends_path: Path, dtype: np.dtype) -> tuple[int,
     # Tokens are on disk before the ends that speak of them, unless someone touched the files.
     ends = ends[ends <= tokens_path.stat().st_size // dtype.itemsize]
     end = int(ends[-1]) if len(ends) else 0
-    os.truncate(ends_path, ends.nbytes)
-    os.truncate(tokens_path, end * dtype.itemsize)
+    if ends_path.stat().st_size != ends.nbytes or tokens_path.stat().st_size != end * dtype.itemsize:
+        os.truncate(ends_path, ends.nbytes)
+        os.truncate(tokens_path, end * dtype.itemsize)
     return len(ends), end
 
 
@@ -60,43 +61,39 @@ def _append(
     tokens_path: Path,
     ends_path: Path,
     dtype: np.dtype,
-    first: int,
+    document: int,
     end: int,
 ) -> None:
-    columns = (TextColumn("tokenizing"), BarColumn(), MofNCompleteColumn(), TextColumn("MB"), TimeRemainingColumn())
-    console = Console(stderr=True)
+    """Encode from a document on; `end` tokens are there."""
+    opening = True
+
+    def write(blocks: list[Block]) -> None:
+        nonlocal end, opening
+        ends = []
+        for block, ids in zip(blocks, tokenizer.encode_batch([block.text for block in blocks]), strict=True):
+            written = np.concatenate([[tokenizer.bos_id] * opening, ids, [tokenizer.eos_id] * block.last])
+            tokens_file.write(written.astype(dtype).tobytes())
+            end += len(written)
+            opening = block.last
+            if block.last:
+                ends.append(end)
+        for file, content in ((tokens_file, b""), (ends_file, np.array(ends, np.int64).tobytes())):
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
     with (
         tokens_path.open("ab") as tokens_file,
         ends_path.open("ab") as ends_file,
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
+        MegabyteBar("tokenizing", int(corpus.sizes.sum())) as bar,
     ):
-        task = progress.add_task("", total=int(corpus.sizes.sum()) // 10**6)
-        done = int(corpus.sizes[:first].sum())
-        waiting: list[Block] = []
-        size = 0
-        opening = True
-
-        def write() -> None:
-            nonlocal end, opening
-            ends = []
-            for block, ids in zip(waiting, tokenizer.encode_batch([block.text for block in waiting]), strict=True):
-                written = np.concatenate([[tokenizer.bos_id] * opening, ids, [tokenizer.eos_id] * block.last])
-                tokens_file.write(written.astype(dtype).tobytes())
-                end += len(written)
-                opening = block.last
-                if block.last:
-                    ends.append(end)
-            for file, content in ((tokens_file, b""), (ends_file, np.array(ends, np.int64).tobytes())):
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-
-        for block in corpus.blocks(first):
-            waiting.append(block)
+        bar.advance(int(corpus.sizes[:document].sum()))
+        blocks, size = [], 0
+        for block in corpus.blocks(document):
+            blocks.append(block)
             size += len(block.text.encode())
             if size >= CHUNK_BYTES:
-                write()
-                done += size
-                progress.update(task, completed=done // 10**6)
-                waiting, size = [], 0
-        write()
+                write(blocks)
+                bar.advance(size)
+                blocks, size = [], 0
+        write(blocks)

@@ -1,0 +1,78 @@
+"""Batches on the devices before they are needed."""
+
+import time
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jaxtyping import Int32
+
+from vishwamai_eqx.data import Batch, Dataset
+
+
+class Feed:
+    """The batches of the given steps, in order, each made and sent while earlier ones are computed on.
+
+    `sharding` places `[microbatches, rows, seq]`. After each batch `waited` is how long it was waited for, in seconds.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        steps: range,
+        sharding: jax.sharding.Sharding,
+        *,
+        microbatches: int = 1,
+        workers: int = 2,
+        ahead: int = 2,
+    ):
+        self.waited = 0.0
+        self._batches = (
+            grain.MapDataset.range(steps.start, steps.stop, steps.step)
+            .map(lambda n: place(dataset, int(n), sharding, microbatches))
+            .to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._batches)
+        while True:
+            before = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self.waited = time.perf_counter() - before
+            yield batch
+
+
+def place(dataset: Dataset, n: int, sharding: jax.sharding.Sharding, microbatches: int = 1) -> Batch:
+    """Batch n as global arrays `[microbatches, rows, seq]`; only the rows of this process's devices are read."""
+    rows = dataset.batch_size // microbatches
+    shape = (microbatches, rows, dataset.seq_len)
+    # Pages that the device can fetch from by itself, where there are such.
+    staging = sharding
+    if all(_has_pinned_host(device) for device in sharding.addressable_devices):
+        staging = sharding.with_memory_kind("pinned_host")
+    parts: dict[tuple[slice, ...], list[Int32[np.ndarray, "microbatches rows seq"]]] = {}
+
+    def part(index: tuple[slice, ...], field: int) -> Int32[np.ndarray, "microbatches rows seq"]:
+        micro, row, column = index
+        if index not in parts:
+            chosen = range(rows)[row]
+            read = [
+                dataset.batch(n, slice(number * rows + chosen.start, number * rows + chosen.stop))
+                for number in range(microbatches)[micro]
+            ]
+            parts[index] = [np.stack(fields)[:, :, column] for fields in zip(*read, strict=True)]
+        return parts[index][field]
+
+    arrays = [
+        jax.make_array_from_callback(shape, staging, lambda index, field=field: part(index, field))
+        for field in range(len(Batch._fields))
+    ]
+    return Batch(*(arrays if staging is sharding else jax.device_put(arrays, sharding)))
+
+
+def _has_pinned_host(device: jax.Device) -> bool:
+    return device.platform != "cpu" and "pinned_host" in {memory.kind for memory in device.addressable_memories()}
