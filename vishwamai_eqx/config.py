@@ -65,7 +65,12 @@ class DataConfig:
     """Where the text comes from and how rows are made of it."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"], metavar="GLOB...")] = ()
-    """Globs of .txt, .md and .py files, one document each; none: the running Python's standard library."""
+    """Globs of .txt, .md and .py files, a document each, and of .jsonl (also .gz and .zst) and .parquet files, a document
+    a record; none: the running Python's standard library."""
+    text_column: str = "text"
+    """Where the text of a .jsonl or .parquet record is."""
+    weights: tuple[float, ...] = ()
+    """How much of the training rows each glob gives, relative to the others; none: as much as there is."""
     held_out_share: float = 0.05
     """Share of the text's bytes, in whole documents, that training never sees."""
 
@@ -198,8 +203,8 @@ def from_dict(values: dict[str, Any]) -> Config:
     values = dict(values)
     try:
         for name, section in sections.items():
-            values[name] = section(**values[name])
-        values["data"] = dataclasses.replace(values["data"], files=tuple(values["data"].files))
+            read = {key: tuple(value) if isinstance(value, list) else value for key, value in values[name].items()}
+            values[name] = section(**read)
         for name in ("run_dir", "tokenizer"):
             values[name] = None if values[name] is None else Path(values[name])
         return Config(**values)
