@@ -5,7 +5,6 @@ import signal
 import sys
 import threading
 from types import TracebackType
-from typing import Self
 
 
 class Signals:
@@ -29,7 +28,7 @@ class Signals:
         """143 after SIGTERM, 130 after SIGINT, as a shell reports them; 0 if there was no signal."""
         return 128 + self.received if self.received else 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Signals":
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         # A handler in Python must be set for the C handler to be: it has nothing left to do.

@@ -12,6 +12,7 @@ logged one step the later one stands. `events`, `spans` and `attempts` are the r
 Step s is the update that made `state.step` s, so a checkpoint of step s holds the work of rows 1 to s.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, SupportsFloat
+from typing import Any, SupportsFloat
 
 import duckdb
 
@@ -157,8 +158,10 @@ class Logbook:
         self.process = process
         self._about = {"configuration": configuration or {}, "environment": environment or {}}
         self._queue: queue.SimpleQueue[dict[str, Any] | threading.Event | None] = queue.SimpleQueue()
-        self._attempt = self._n = 0
+        self._attempt = 0
+        self._count = itertools.count(1)
         self._file: int | None = None
+        self._turn = threading.Lock()
         self._unwritten = b""
         self._torn = self._refused = False
         if process != 0:
@@ -241,7 +244,7 @@ class Logbook:
             os.close(self._file)
             self._file = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Logbook":
         return self
 
     def __exit__(
@@ -253,18 +256,21 @@ class Logbook:
         folder = self.run_dir / "metrics"
         folder.mkdir(parents=True, exist_ok=True)
         known = [int(match[1]) for path in folder.iterdir() if (match := _SEGMENT.fullmatch(path.name))]
-        self._attempt, self._n = max(known, default=0) + 1, 0
+        self._attempt = max(known, default=0) + 1
         name = f"attempt-{self._attempt:06d}" + ("" if resumed_at is None else f"-from-{resumed_at}") + ".jsonl"
-        if self._file is not None:
-            os.close(self._file)
-        self._file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        file = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        # Other threads log too: a checkpoint's does.
+        with self._turn:
+            if self._file is not None:
+                os.close(self._file)
+            self._file, self._torn = file, False
         self._row("attempts", resumed_at=resumed_at, **self._about)
 
     def _row(self, table: str, **values: Any) -> None:
         if self.process != 0:
             return
-        self._n += 1
-        self._queue.put({"table": table, "attempt": self._attempt, "n": self._n, "time": time.time(), **values})
+        about = {"table": table, "attempt": self._attempt, "n": next(self._count), "time": time.time()}
+        self._queue.put({**about, **values})
 
     def _write(self) -> None:
         """The thread: everything that waits, in one write."""
@@ -272,7 +278,9 @@ class Logbook:
             waiting: list[dict[str, Any] | threading.Event | None] = [self._queue.get()]
             while not self._queue.empty():
                 waiting.append(self._queue.get())
-            self._append(b"".join(_encode(item) for item in waiting if isinstance(item, dict)))
+            lines = b"".join(_encode(item) for item in waiting if isinstance(item, dict))
+            with self._turn:
+                self._append(lines)
             for item in waiting:
                 if isinstance(item, threading.Event):
                     item.set()
@@ -301,6 +309,15 @@ class Logbook:
 
 
 def _encode(row: dict[str, Any]) -> bytes:
+    """A row as a line; of one that cannot be read, an array since donated for one, only the log hears."""
+    try:
+        return _line(row)
+    except Exception:
+        _logger.exception("a row of %s at step %s is lost", row["table"], row.get("step"))
+        return b""
+
+
+def _line(row: dict[str, Any]) -> bytes:
     row = {name: value for name, value in row.items() if value is not None}
     try:
         text = json.dumps(row, default=_plain, allow_nan=False)

@@ -1,0 +1,81 @@
+"""Signals: the first asks, the second ends, and neither waits for what the main thread is doing."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from vishwamai_eqx.guard import Signals
+
+# The main thread polls, as a training loop does, and says what it saw.
+LOOP = """
+import sys, time
+from vishwamai_eqx.guard import Signals
+with Signals() as signals:
+    print("ready", flush=True)
+    while not signals.received:
+        time.sleep(0.01)
+    print("saved", flush=True)
+sys.exit(signals.exit_code)
+"""
+# The main thread is in a call that lets go of the interpreter and never comes back to it, as a hung device makes it.
+STUCK = """
+import hashlib
+from vishwamai_eqx.guard import Signals
+with Signals() as signals:
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def start(program):
+    run = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert run.stdout.readline() == "ready\n"
+    return run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_first_signal_lets_the_loop_save(number, code):
+    run = start(LOOP)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=30)
+    assert (out, run.returncode) == ("saved\n", code)
+    assert err.startswith(f"{number.name}: saving")
+
+
+def test_a_second_signal_ends_even_a_main_thread_that_hangs():
+    run = start(STUCK)
+    run.send_signal(signal.SIGINT)
+    assert run.stderr.readline().startswith("SIGINT: saving")
+    time.sleep(0.1)
+    assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate(timeout=10)
+    assert run.returncode == 143
+    assert "SIGTERM again" in err
+
+
+def test_what_was_there_before_is_restored(capfd):
+    seen = []
+    before = signal.signal(signal.SIGTERM, lambda *_: seen.append("before"))
+    try:
+        threads = threading.active_count()
+        with Signals() as signals:
+            assert signals.received is None and signals.exit_code == 0
+            signal.raise_signal(signal.SIGTERM)
+            for _ in range(500):
+                if signals.received:
+                    break
+                time.sleep(0.01)
+            assert signals.received is signal.SIGTERM and signals.exit_code == 143
+        assert threading.active_count() == threads
+        assert seen == []
+        signal.raise_signal(signal.SIGTERM)
+        assert seen == ["before"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
