@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels.compat import accumulator, vary_alike
+from kernels.compat import accumulator, narrow_dot, vary_alike
 
 # Rows of a block: measured against 128 and 512 at 8192 rows, 8 groups.
 BLOCK = 256
+_BATCH = ((0,), (0,))
 
 
 def grouped_matmul(
@@ -47,8 +48,8 @@ def _aligned(lhs, rhs, group_sizes, transposed):
     group, owned = _blocks(rows, group_sizes)
     blocks = lhs.reshape(-1, BLOCK, k)
     weights = rhs.astype(lhs.dtype)[group]
-    out = _dot(blocks, weights, (2,), (2 if transposed else 1,))
-    return jnp.where(owned[:, None, None], out, 0).astype(lhs.dtype).reshape(rows, -1)
+    out = narrow_dot(blocks, weights, ((2,), (2 if transposed else 1,)), _BATCH)
+    return jnp.where(owned[:, None, None], out, 0).reshape(rows, -1)
 
 
 def _forward(lhs, rhs, group_sizes, transposed):
@@ -61,11 +62,15 @@ def _backward(transposed, saved, g):
     group, owned = _blocks(rows, group_sizes)
     g_blocks = jnp.where(owned[:, None, None], g.reshape(-1, BLOCK, g.shape[1]), 0)
     weights = rhs.astype(lhs.dtype)[group]
-    d_lhs = _dot(g_blocks, weights, (2,), (1 if transposed else 2,)).astype(lhs.dtype).reshape(rows, k)
-    halves = (-1, 2, BLOCK // 2)
-    x_halves, g_halves = lhs.reshape(*halves, k), g_blocks.reshape(*halves, g.shape[1])
-    first, second = (g_halves, x_halves) if transposed else (x_halves, g_halves)
-    per_block = _dot(first, second, (1, 2), (1, 2))
+    d_lhs = narrow_dot(g_blocks, weights, ((2,), (1 if transposed else 2,)), _BATCH).reshape(rows, k)
+    first, second = lhs.reshape(-1, BLOCK, k), g_blocks
+    if lhs.dtype.itemsize == 2:
+        # In 16 bits contracting two dimensions is 3 times faster than one, of which XLA makes a TN product.
+        first, second = (side.reshape(-1, 2, BLOCK // 2, side.shape[2]) for side in (first, second))
+    first, second = (second, first) if transposed else (first, second)
+    contract = tuple(range(1, first.ndim - 1))
+    wide = accumulator(lhs.dtype)
+    per_block = lax.dot_general(first, second, ((contract, contract), _BATCH), preferred_element_type=wide)
     d_rhs = jnp.zeros(rhs.shape, per_block.dtype).at[group].add(per_block)
     return d_lhs, d_rhs.astype(rhs.dtype), None
 
@@ -79,7 +84,3 @@ def _blocks(rows, group_sizes):
     start = jnp.arange(rows // BLOCK) * BLOCK
     group = jnp.searchsorted(ends, start, side="right")
     return jnp.minimum(group, group_sizes.shape[0] - 1), start < ends[-1]
-
-
-def _dot(a, b, contract_a, contract_b):
-    return lax.dot_general(a, b, ((contract_a, contract_b), ((0,), (0,))), preferred_element_type=accumulator(a.dtype))

@@ -30,8 +30,7 @@ def _dispatch_forward(x, plan):
 
 
 def _dispatch_backward(plan, g):
-    # A token's gradient is the sum over its choices: the rows are known, so this gathers.
-    return jnp.sum(g[plan.position].astype(accumulator(g.dtype)), axis=1).astype(g.dtype), None
+    return sum(_choice(g, plan, c) for c in range(plan.position.shape[1])).astype(g.dtype), None
 
 
 _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -39,9 +38,10 @@ _dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 @jax.custom_vjp
 def _combine(rows, plan, weights):
+    # One gather a choice, summed element by element: as one gather and a reduction it is 6 times slower on CPU.
     wide = accumulator(rows.dtype)
-    chosen = rows[plan.position].astype(wide)
-    return jnp.sum(chosen * weights.astype(wide)[..., None], axis=1).astype(rows.dtype)
+    parts = (_choice(rows, plan, c) * weights[:, c, None].astype(wide) for c in range(weights.shape[1]))
+    return sum(parts).astype(rows.dtype)
 
 
 def _combine_forward(rows, plan, weights):
@@ -51,15 +51,23 @@ def _combine_forward(rows, plan, weights):
 def _combine_backward(saved, g):
     rows, plan, weights = saved
     wide = accumulator(rows.dtype)
-    weight = weights.reshape(-1)[jnp.minimum(plan.source, weights.size - 1)].astype(wide)
+    weight = _take(weights.reshape(-1), jnp.minimum(plan.source, weights.size - 1)).astype(wide)
     d_rows = (_rows_of_tokens(g, plan).astype(wide) * weight[:, None]).astype(rows.dtype)
-    chosen = rows[plan.position].astype(wide)
-    d_weights = jnp.sum(chosen * g[:, None, :].astype(wide), axis=-1).astype(weights.dtype)
-    return d_rows, None, d_weights
+    products = (jnp.sum(_choice(rows, plan, c) * g.astype(wide), axis=-1) for c in range(weights.shape[1]))
+    return d_rows, None, jnp.stack(list(products), axis=1).astype(weights.dtype)
 
 
 _combine.defvjp(_combine_forward, _combine_backward)
 
 
+def _choice(rows, plan, c):
+    """The row of each token's choice c, to accumulate."""
+    return _take(rows, plan.position[:, c]).astype(accumulator(rows.dtype))
+
+
 def _rows_of_tokens(x, plan):
-    return jnp.where(owns_row(plan)[:, None], x[token_of_row(plan)], 0)
+    return jnp.where(owns_row(plan)[:, None], _take(x, token_of_row(plan)), 0)
+
+
+def _take(x, index):
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)
