@@ -1,5 +1,6 @@
 """Signals: the first asks, the second ends, and neither waits for what the main thread is doing."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,12 +9,15 @@ import time
 
 import pytest
 
+from vishwamai_eqx import guard
 from vishwamai_eqx.guard import Signals
 
+# The children import the file alone: the package brings jax, and seconds.
+ALONE = {**os.environ, "PYTHONPATH": os.path.dirname(guard.__file__)}
 # The main thread polls, as a training loop does, and says what it saw.
 LOOP = """
 import sys, time
-from vishwamai_eqx.guard import Signals
+from guard import Signals
 with Signals() as signals:
     print("ready", flush=True)
     while not signals.received:
@@ -24,7 +28,7 @@ sys.exit(signals.exit_code)
 # The main thread is in a call that lets go of the interpreter and never comes back to it, as a hung device makes it.
 STUCK = """
 import hashlib
-from vishwamai_eqx.guard import Signals
+from guard import Signals
 with Signals() as signals:
     print("ready", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
@@ -33,7 +37,7 @@ with Signals() as signals:
 
 def start(program):
     run = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, "-c", program], env=ALONE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert run.stdout.readline() == "ready\n"
     return run
