@@ -11,6 +11,7 @@ that out by checksum: Orbax alone trusts names, and returns flipped bits without
 """
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -74,7 +75,7 @@ class Checkpoints:
         directory: str | Path,
         *,
         every: int = 500,
-        minutes: float = 0,
+        minutes: float = 0.0,
         keep: int = 3,
         keep_every: int = 0,
         configuration: Mapping[str, Any] | None = None,
@@ -301,6 +302,7 @@ def steps(directory: Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
 
+@functools.cache
 def code_version() -> dict[str, str]:
     """What wrote a checkpoint: this package's version, its commit if it runs from a checkout, jax, Orbax."""
     version = {"vishwamai_eqx": __version__, "jax": jax.__version__, "orbax": ocp.__version__}
@@ -418,9 +420,7 @@ def _lock(directory: Path) -> int:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(file)
-        raise ValueError(
-            f"directory={str(directory)!r} must have one run at a time, and one is training in it"
-        ) from None
+        raise ValueError(f"directory={str(directory)!r} is in use by another run: one at a time") from None
     return file
 
 

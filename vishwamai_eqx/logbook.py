@@ -187,7 +187,7 @@ class Logbook:
         grad_norm: SupportsFloat | None = None,
         learning_rate: SupportsFloat | None = None,
         tokens: int | None = None,
-        tokens_per_second: float | None = None,
+        tokens_per_second: SupportsFloat | None = None,
         batch_hash: str | None = None,
         **more: SupportsFloat,
     ) -> None:
@@ -227,7 +227,7 @@ class Logbook:
         """Log bytes in use: `name` is a device, or host."""
         self._row("memory", step=step, name=name, bytes=size)
 
-    def span(self, name: str, seconds: float, *, step: int | None = None) -> None:
+    def span(self, name: str, seconds: SupportsFloat, *, step: int | None = None) -> None:
         """Log wall time spent: start, compile, data, step, save; the sums of this table are the run's goodput."""
         self._row("spans", step=step, name=name, seconds=seconds)
 
