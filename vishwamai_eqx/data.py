@@ -18,15 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Int64, Integer, UInt32
 
-from vishwamai_eqx import packing
+from vishwamai_eqx import packing, sentencepiece_training
 from vishwamai_eqx.cache import cache_folder
 from vishwamai_eqx.corpus import Corpus as Corpus
 from vishwamai_eqx.corpus import load_documents as load_documents
 from vishwamai_eqx.token_cache import tokenize
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
-
-# A vocabulary does not get better with more text than this, and its training holds all of it in memory.
-TOKENIZER_BYTES = 32 << 20
 
 
 class Batch(NamedTuple):
@@ -107,7 +104,7 @@ class Dataset:
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, directory: Path) -> VishwamAITokenizer:
     """A tokenizer trained on the documents that are not held out, a sample of them where they are many."""
-    return VishwamAITokenizer.train(corpus.training_text(TOKENIZER_BYTES), vocab_size, directory)
+    return VishwamAITokenizer.train(corpus.training_text(sentencepiece_training.ENOUGH_BYTES), vocab_size, directory)
 
 
 def prepare(

@@ -1,18 +1,24 @@
 """The corpus as one memory-mapped array of ids, made once for a text and a vocabulary."""
 
 import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int64, Integer
+from jaxtyping import Int32, Int64, Integer
 
 from vishwamai_eqx.cache import MegabyteBar, locked
 from vishwamai_eqx.corpus import Block, Corpus
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
-# Text that is encoded, written and synchronised at a time: what a kill can cost.
-CHUNK_BYTES = 8 << 20
+# Text that is encoded, written and synchronised at a time.
+CHUNK_CHARACTERS = 1 << 20
+# SentencePiece lets go of the interpreter while it encodes.
+WORKERS = os.cpu_count() or 1
 # Raised when the stream would come out differently.
 FORMAT = 1
 
@@ -64,36 +70,53 @@ def _append(
     document: int,
     end: int,
 ) -> None:
-    """Encode from a document on; `end` tokens are there."""
+    """Encode from a document on, on all cores; `end` tokens are there."""
     opening = True
-
-    def write(blocks: list[Block]) -> None:
-        nonlocal end, opening
-        ends = []
-        for block, ids in zip(blocks, tokenizer.encode_batch([block.text for block in blocks]), strict=True):
-            written = np.concatenate([[tokenizer.bos_id] * opening, ids, [tokenizer.eos_id] * block.last])
-            tokens_file.write(written.astype(dtype).tobytes())
-            end += len(written)
-            opening = block.last
-            if block.last:
-                ends.append(end)
-        for file, content in ((tokens_file, b""), (ends_file, np.array(ends, np.int64).tobytes())):
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
     with (
+        ThreadPoolExecutor(WORKERS) as pool,
         tokens_path.open("ab") as tokens_file,
         ends_path.open("ab") as ends_file,
         MegabyteBar("tokenizing", int(corpus.sizes.sum())) as bar,
     ):
         bar.advance(int(corpus.sizes[:document].sum()))
-        blocks, size = [], 0
-        for block in corpus.blocks(document):
-            blocks.append(block)
-            size += len(block.text.encode())
-            if size >= CHUNK_BYTES:
-                write(blocks)
-                bar.advance(size)
-                blocks, size = [], 0
-        write(blocks)
+
+        def write(blocks: list[Block], encoded: list[Int32[np.ndarray, "_"]]) -> None:
+            nonlocal end, opening
+            ends = []
+            for block, ids in zip(blocks, encoded, strict=True):
+                written = np.concatenate([[tokenizer.bos_id] * opening, ids, [tokenizer.eos_id] * block.last])
+                tokens_file.write(written.astype(dtype).tobytes())
+                end += len(written)
+                opening = block.last
+                if block.last:
+                    ends.append(end)
+            _synchronise(tokens_file)
+            ends_file.write(np.array(ends, np.int64).tobytes())
+            _synchronise(ends_file)
+            bar.advance(sum(len(block.text) for block in blocks))
+
+        # In order, and few at a time: what is read ahead is in memory.
+        waiting: deque[tuple[list[Block], Future]] = deque()
+        for blocks in _chunks(corpus.blocks(document)):
+            waiting.append((blocks, pool.submit(tokenizer.encode_batch, [block.text for block in blocks])))
+            if len(waiting) > 2 * WORKERS:
+                blocks, future = waiting.popleft()
+                write(blocks, future.result())
+        for blocks, future in waiting:
+            write(blocks, future.result())
+
+
+def _chunks(blocks: Iterator[Block]) -> Iterator[list[Block]]:
+    chunk, size = [], 0
+    for block in blocks:
+        chunk.append(block)
+        size += len(block.text)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    yield chunk
+
+
+def _synchronise(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,30 +1,29 @@
 """Text to piece ids and back: SentencePiece, in a folder that Hugging Face reads too."""
 
 import functools
-import io
+import itertools
 import json
-import os
-import re
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import tyro
 from jaxtyping import Int32
 from sentencepiece import sentencepiece_model_pb2
 
-from vishwamai_eqx import huggingface_tokenizer
+from vishwamai_eqx import documents, huggingface_tokenizer, sentencepiece_training
+from vishwamai_eqx.cache import replaced
+from vishwamai_eqx.config import DataConfig
 
 # Texts that `encode_ids` remembers, and the longest of them: at most a few megabytes.
 CACHED_TEXTS = 1024
 CACHED_CHARACTERS = 1024
 # The shortest row that `encode` pads to; longer ones double, so that a jitted caller compiles few shapes.
 SMALLEST_BUCKET = 16
-# The trainer reads sentences; longer lines are cut, where it would leave them out.
-SENTENCE_CHARACTERS = 2000
-
 # Texts are cut after about this many characters to be encoded.
 PART_CHARACTERS = 256
 # What Hugging Face reads beside the model.
@@ -83,37 +82,10 @@ class VishwamAITokenizer:
 
         Pieces do not cross lines, and digits stand alone.
         """
-        model = io.BytesIO()
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(texts),
-                model_writer=model,
-                vocab_size=vocab_size,
-                model_type="bpe",
-                byte_fallback=True,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                split_digits=True,
-                allow_whitespace_only_pieces=True,
-                character_coverage=0.9995,
-                max_sentence_length=4 * SENTENCE_CHARACTERS,
-                pad_id=0,
-                unk_id=1,
-                bos_id=2,
-                eos_id=3,
-                pad_piece="[PAD]",
-                unk_piece="[UNK]",
-                bos_piece="[BOS]",
-                eos_piece="[EOS]",
-                num_threads=os.cpu_count() or 1,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            raise _training_refusal(vocab_size, str(error)) from None
+        model = sentencepiece_training.train(texts, vocab_size)
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / "tokenizer.model", model.getvalue())
+        _write(directory / "tokenizer.model", model)
         for name in DESCRIPTIONS:
             # Of an earlier vocabulary.
             (directory / name).unlink(missing_ok=True)
@@ -129,7 +101,7 @@ class VishwamAITokenizer:
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / "tokenizer.model", self._processor.serialized_model_proto())
+        _write(directory / "tokenizer.model", self._processor.serialized_model_proto())
         for name in DESCRIPTIONS:
             source, target = self.model_path.parent / name, directory / name
             if source.exists() and self.model_path.name == "tokenizer.model":
@@ -145,21 +117,21 @@ class VishwamAITokenizer:
                         ("eos", self.eos_id),
                     )
                 }
-                _replace(target, json.dumps(huggingface_tokenizer.config(self._proto, tokens), indent=2).encode())
+                _write(target, json.dumps(huggingface_tokenizer.config(self._proto, tokens), indent=2).encode())
             elif huggingface_tokenizer.expressible(self._proto):
                 described = huggingface_tokenizer.tokenizer_json(self._proto, self.bos_id)
-                _replace(target, json.dumps(described, ensure_ascii=False).encode())
+                _write(target, json.dumps(described, ensure_ascii=False).encode())
 
     def encode_ids(self, text: str) -> list[int]:
         """The ids of one text's pieces, without special tokens and never truncated; repeated texts are remembered."""
         return list(self._remembered(text) if len(text) <= CACHED_CHARACTERS else self._pieces(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
-        """`encode_ids` of many texts at once, on all cores and past the cache."""
+        """`encode_ids` of many texts at once, past the cache; other threads run meanwhile."""
         parts = [list(_parts(text)) if self._lines_stand_alone else [text] for text in texts]
         flat = [part for text in parts for part in text]
         try:
-            encoded = self._processor.encode_as_numpy(flat, num_threads=os.cpu_count() or 1)
+            encoded = self._processor.encode_as_numpy(flat, num_threads=1)
             spelled = [
                 np.asarray(self._spelled(part), np.int32) if SPACE in part else ids
                 for part, ids in zip(flat, encoded, strict=True)
@@ -230,6 +202,10 @@ class VishwamAITokenizer:
         """Sixteen hexadecimal digits that name this vocabulary."""
         return blake2b(self._processor.serialized_model_proto(), digest_size=8).hexdigest()
 
+    def piece(self, id: int) -> str:
+        """A piece as SentencePiece writes it, spaces as U+2581."""
+        return self._processor.id_to_piece(id)
+
     def cache_info(self):
         """Hits, misses, capacity and fill of the cache of repeated texts."""
         return self._remembered.cache_info()
@@ -285,34 +261,6 @@ def _parts(text: str) -> Iterator[str]:
         start = end
 
 
-def _sentences(texts: Iterable[str | Path]) -> Iterator[str]:
-    for text in texts:
-        whole = text.read_bytes().decode() if isinstance(text, Path) else text
-        for line in whole.split("\n"):
-            for start in range(0, len(line), SENTENCE_CHARACTERS):
-                yield line[start : start + SENTENCE_CHARACTERS]
-
-
-def _training_refusal(vocab_size: int, error: str) -> ValueError:
-    """SentencePiece's complaint in terms of the setting."""
-    if match := re.search(r"value <= (\d+)", error):
-        largest = match[1]
-        return ValueError(
-            f"vocab_size={vocab_size}: the text yields at most {largest} pieces; give at most {largest}, or more text"
-        )
-    if match := re.search(r"required_chars\. \d+ vs (\d+)", error):
-        smallest = match[1]
-        return ValueError(
-            f"vocab_size={vocab_size}: bytes, special tokens and the text's characters alone need {smallest}; "
-            f"give at least {smallest}"
-        )
-    if "sentences_.empty()" in error:
-        return ValueError(
-            f"vocab_size={vocab_size}: there is no text to train a tokenizer on; give files that have some"
-        )
-    return ValueError(f"vocab_size={vocab_size}: SentencePiece could not train: {error}")
-
-
 def _not_text(texts: list[str]) -> str:
     for text in texts:
         for position, character in enumerate(text):
@@ -324,8 +272,70 @@ def _not_text(texts: list[str]) -> str:
     return "text could not be encoded: give str"
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+def _train_command(
+    files: tyro.conf.Positional[tuple[str, ...]] = (),
+    *,
+    vocab_size: int = 4096,
+    directory: Path = Path("tokenizer"),
+    text_column: str = "text",
+) -> None:
+    """Train a tokenizer on files and save it.
+
+    Args:
+        files: Globs of .txt, .md, .py, .jsonl and .parquet files; none: the running Python's standard library.
+        vocab_size: Pieces, special tokens and bytes among them.
+        directory: Folder to save it in.
+        text_column: Where the text of a .jsonl or .parquet record is.
+    """
+    found = documents.find_files(DataConfig(files=files, text_column=text_column))
+    paths = [path for source in found for path in source]
+    texts = (text for path in paths for text, _ in documents.read(path, text_column))
+    stride = sum(path.stat().st_size for path in paths) // sentencepiece_training.ENOUGH_BYTES + 1
+    tokenizer = VishwamAITokenizer.train(itertools.islice(texts, 0, None, stride), vocab_size, directory)
+    print(f"{directory}: {tokenizer.vocab_size} pieces")
+
+
+def _inspect_command(model: tyro.conf.Positional[Path], *, text: str | None = None, pieces: int = 0) -> None:
+    """Show what a tokenizer is and what it makes of a text.
+
+    Args:
+        model: A SentencePiece .model file or a folder with tokenizer.model.
+        text: A text to show the pieces of; - reads standard input.
+        pieces: How many pieces of the vocabulary to list, the first merged ones first.
+    """
+    tokenizer = VishwamAITokenizer(model)
+    print(f"{tokenizer.model_path}: {tokenizer.vocab_size} pieces, fingerprint {tokenizer.fingerprint}")
+    specials = {"pad": tokenizer.pad_id, "unk": tokenizer.unk_id, "bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
+    print("  ".join(f"{name} {id} {tokenizer.piece(id)}" for name, id in specials.items()))
+    merged = [id for id, piece in enumerate(tokenizer.piece_bytes) if len(piece) > 1][:pieces]
+    for id in merged:
+        print(f"{id:>7} {tokenizer.piece(id)!r}")
+    if text is not None:
+        text = sys.stdin.read() if text == "-" else text
+        ids = tokenizer.encode_ids(text)
+        size = len(text.encode())
+        print(f"{size} bytes, {len(ids)} pieces, {size / max(len(ids), 1):.2f} bytes a piece")
+        print(" ".join(f"{tokenizer.piece(id)}:{id}" for id in ids))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with replaced(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m vishwamai_eqx.tokenizer train|inspect`."""
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            {"train": _train_command, "inspect": _inspect_command},
+            prog="python -m vishwamai_eqx.tokenizer",
+            args=arguments,
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
