@@ -31,7 +31,8 @@ def abstract_state(config: ModelConfig, compute_dtype: str, transform: optax.Gra
 def placement(state: TrainState, sizes: dict[str, int], transform: optax.GradientTransformation) -> TrainState:
     """A tree like the state of the PartitionSpec of each array."""
     model = place(state.model, sizes)
-    return TrainState(model, optim.place_state(transform, state.model, model), PartitionSpec())  # pyright: ignore
+    parts = (model, optim.place_state(transform, state.model, model), PartitionSpec())
+    return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(parts))
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
