@@ -10,6 +10,7 @@ the manifest first. So a folder with a number for its name is whole, or it was d
 that out by checksum: Orbax alone trusts names, and returns flipped bits without a word.
 """
 
+import contextlib
 import fcntl
 import functools
 import json
@@ -251,6 +252,10 @@ class Checkpoints:
     def _fail(self, about: dict[str, Any], error: Exception) -> None:
         self._failure = error
         step = about["step"]
+        # Orbax's would raise the errors of this save in the next one.
+        with contextlib.suppress(Exception):
+            self._orbax.close()
+        self._orbax = _orbax()
         if self._primary:
             _remove(self.directory / f"{step}.tmp")
         free = shutil.disk_usage(self.directory).free
@@ -298,7 +303,7 @@ def read(directory: str | Path, abstract: State, *, step: int | None = None) -> 
 
 def steps(directory: Path) -> list[int]:
     """The steps that a directory has checkpoints of, in no order, good or not."""
-    names = (entry.name for entry in os.scandir(directory)) if directory.is_dir() else ()
+    names = os.listdir(directory) if directory.is_dir() else ()
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
 
@@ -379,8 +384,8 @@ def _verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint, beginning with the file's name."""
     try:
         about = manifest.read(folder)
-        if str(about.get("step")) != folder.name:
-            return f"{manifest.NAME} is that of step {about.get('step')}"
+        if str(about["step"]) != folder.name:
+            return f"{manifest.NAME} is that of step {about['step']}"
         manifest.verify(folder, about, part=part, parts=parts)
     except DamagedError as error:
         return str(error)

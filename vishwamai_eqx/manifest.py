@@ -48,7 +48,9 @@ def files(folder: Path) -> list[str]:
     names = []
 
     def walk(at: Path, prefix: str) -> None:
-        for entry in os.scandir(at):
+        with os.scandir(at) as scan:
+            entries = list(scan)
+        for entry in entries:
             name = prefix + entry.name
             mode = entry.stat(follow_symlinks=False).st_mode
             if stat.S_ISDIR(mode):
@@ -81,8 +83,7 @@ def read(folder: Path) -> dict[str, Any]:
         if not stat.S_ISREG((folder / NAME).lstat().st_mode):
             raise DamagedError(f"{NAME} is not a file")
         body = json.loads((folder / NAME).read_bytes())
-        own = body.pop("crc32")
-        good = own == _crc(body) and isinstance(body["files"], dict) and isinstance(body["leaves"], list)
+        good = body.pop("crc32") == _crc(body) and _well_formed(body)
     except FileNotFoundError:
         raise DamagedError(f"{NAME} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -113,6 +114,18 @@ def verify(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, parts: i
     except OSError as error:
         # Gone since it was listed, or a disk that cannot read it.
         raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
+
+
+def _well_formed(body: dict[str, Any]) -> bool:
+    """Whether what is read of a manifest has the types that are relied on; a checksum is right on any nonsense."""
+    return (
+        type(body["step"]) is int
+        and all(type(sums["bytes"]) is int and type(sums["crc32"]) is str for sums in body["files"].values())
+        and all(
+            type(leaf["path"]) is type(leaf["dtype"]) is str and all(type(size) is int for size in leaf["shape"])
+            for leaf in body["leaves"]
+        )
+    )
 
 
 def _crc(body: Mapping[str, Any]) -> str:
