@@ -45,11 +45,8 @@ def grouped_matmul(
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _aligned(lhs, rhs, group_sizes, transposed):
     rows, k = lhs.shape
-    group, owned = _blocks(rows, group_sizes)
-    blocks = lhs.reshape(-1, BLOCK, k)
-    weights = rhs.astype(lhs.dtype)[group]
-    out = narrow_dot(blocks, weights, ((2,), (2 if transposed else 1,)), _BATCH)
-    return jnp.where(owned[:, None, None], out, 0).reshape(rows, -1)
+    weights = _weights(rhs, lhs.dtype, _group_of_block(rows, group_sizes))
+    return narrow_dot(lhs.reshape(-1, BLOCK, k), weights, ((2,), (2 if transposed else 1,)), _BATCH).reshape(rows, -1)
 
 
 def _forward(lhs, rhs, group_sizes, transposed):
@@ -59,9 +56,9 @@ def _forward(lhs, rhs, group_sizes, transposed):
 def _backward(transposed, saved, g):
     lhs, rhs, group_sizes = saved
     rows, k = lhs.shape
-    group, owned = _blocks(rows, group_sizes)
-    g_blocks = jnp.where(owned[:, None, None], g.reshape(-1, BLOCK, g.shape[1]), 0)
-    weights = rhs.astype(lhs.dtype)[group]
+    group = _group_of_block(rows, group_sizes)
+    weights = _weights(rhs, lhs.dtype, group)
+    g_blocks = g.reshape(-1, BLOCK, g.shape[1])
     d_lhs = narrow_dot(g_blocks, weights, ((2,), (1 if transposed else 2,)), _BATCH).reshape(rows, k)
     first, second = lhs.reshape(-1, BLOCK, k), g_blocks
     if lhs.dtype.itemsize == 2:
@@ -71,16 +68,18 @@ def _backward(transposed, saved, g):
     contract = tuple(range(1, first.ndim - 1))
     wide = accumulator(lhs.dtype)
     per_block = lax.dot_general(first, second, ((contract, contract), _BATCH), preferred_element_type=wide)
-    d_rhs = jnp.zeros(rhs.shape, per_block.dtype).at[group].add(per_block)
+    d_rhs = jnp.zeros(rhs.shape, per_block.dtype).at[group].add(per_block, mode="drop")
     return d_lhs, d_rhs.astype(rhs.dtype), None
 
 
 _aligned.defvjp(_forward, _backward)
 
 
-def _blocks(rows, group_sizes):
-    """Each block's group, and whether it has one."""
-    ends = jnp.cumsum(group_sizes)
-    start = jnp.arange(rows // BLOCK) * BLOCK
-    group = jnp.searchsorted(ends, start, side="right")
-    return jnp.minimum(group, group_sizes.shape[0] - 1), start < ends[-1]
+def _group_of_block(rows, group_sizes):
+    """Each block's group; the number of groups for a block beyond the last."""
+    return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows // BLOCK) * BLOCK, side="right")
+
+
+def _weights(rhs, dtype, group):
+    """Each block's weight; zeros beyond the last group, which cost nothing here and a pass over the result there."""
+    return rhs.astype(dtype).at[group].get(mode="fill", fill_value=0)
