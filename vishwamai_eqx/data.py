@@ -153,11 +153,17 @@ def prepare(
 
 def batch_hash(batch: Batch) -> str:
     """Sixteen hexadecimal digits that name a batch's rows, whatever their order, the devices or the processes."""
-    if isinstance(batch.tokens, np.ndarray):
-        high, low = hash_lanes(batch).tolist()
-    else:
-        high, low = np.asarray(_hash_lanes(batch)).tolist()
-    return f"{high:08x}{low:08x}"
+    return str(BatchHash(hash_lanes(batch) if isinstance(batch.tokens, np.ndarray) else _hash_lanes(batch)))
+
+
+@dataclass(frozen=True)
+class BatchHash:
+    """The two halves of a batch's hash, perhaps still on their way from a device; as a string, its digits."""
+
+    lanes: UInt32[Array | np.ndarray, "2"]
+
+    def __str__(self) -> str:
+        return "{:08x}{:08x}".format(*np.asarray(self.lanes).tolist())
 
 
 def hash_lanes(batch: Batch) -> UInt32[Array | np.ndarray, "2"]:

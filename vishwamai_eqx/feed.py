@@ -54,18 +54,19 @@ def place(dataset: Dataset, n: int, sharding: jax.sharding.Sharding, microbatche
     staging = sharding
     if all(_has_pinned_host(device) for device in sharding.addressable_devices):
         staging = sharding.with_memory_kind("pinned_host")
-    parts: dict[tuple[slice, ...], list[Int32[np.ndarray, "microbatches rows seq"]]] = {}
+    parts: dict[str, list[Int32[np.ndarray, "microbatches rows seq"]]] = {}
 
     def part(index: tuple[slice, ...], field: int) -> Int32[np.ndarray, "microbatches rows seq"]:
         micro, row, column = index
-        if index not in parts:
+        key = str(index)  # slices have no hash before Python 3.12
+        if key not in parts:
             chosen = range(rows)[row]
             read = [
                 dataset.batch(n, slice(number * rows + chosen.start, number * rows + chosen.stop))
                 for number in range(microbatches)[micro]
             ]
-            parts[index] = [np.stack(fields)[:, :, column] for fields in zip(*read, strict=True)]
-        return parts[index][field]
+            parts[key] = [np.stack(fields)[:, :, column] for fields in zip(*read, strict=True)]
+        return parts[key][field]
 
     arrays = [
         jax.make_array_from_callback(shape, staging, lambda index, field=field: part(index, field))

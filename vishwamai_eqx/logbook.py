@@ -24,7 +24,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, SupportsFloat, no_type_check
+from typing import Any, SupportsFloat, SupportsInt, no_type_check
 
 import duckdb
 
@@ -186,14 +186,15 @@ class Logbook:
         loss: SupportsFloat,
         grad_norm: SupportsFloat | None = None,
         learning_rate: SupportsFloat | None = None,
-        tokens: int | None = None,
+        tokens: SupportsInt | None = None,
         tokens_per_second: SupportsFloat | None = None,
-        batch_hash: str | None = None,
+        batch_hash: object = None,
         **more: SupportsFloat,
     ) -> None:
         """Log the step that made `state.step` `step`; further numbers go to the column `more`, `more['mfu']` in SQL.
 
-        `tokens` counts from the beginning of the run, `learning_rate` is the one the step used.
+        `tokens` are those that the step learned from, `learning_rate` is the one it used, and `batch_hash` is written as
+        the string it makes of itself.
         """
         self._row(
             "steps",

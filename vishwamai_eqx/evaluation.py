@@ -1,0 +1,70 @@
+"""How good a model is: bits per byte of held-out text, and what it writes by itself."""
+
+import io
+import math
+import tokenize
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from vishwamai_eqx import decode
+from vishwamai_eqx.data import Batch, Dataset
+from vishwamai_eqx.model import VishwamAI
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+
+class HeldOut(NamedTuple):
+    """The cross-entropy of held-out text."""
+
+    loss: float
+    """In nats a token."""
+    bits_per_byte: float
+    """Of source text: comparable whatever the tokenizer."""
+
+
+def held_out(
+    evaluate: Callable[[VishwamAI, Batch], tuple[Array, Array]],
+    model: VishwamAI,
+    dataset: Dataset,
+    sharding: Sharding,
+    rows: int,
+    limit: int | None = None,
+) -> HeldOut:
+    """Measure all held-out rows, or the first `limit`, `rows` at a time; `evaluate` sums nats and tokens of a batch."""
+    nats, tokens, source_bytes = 0.0, 0, 0
+    for batch in dataset.held_out_batches(rows, limit):
+        batch_nats, batch_tokens = evaluate(model, jax.device_put(batch, sharding))
+        source_bytes += dataset.source_bytes(batch)
+        nats += float(batch_nats)
+        tokens += int(batch_tokens)
+    return HeldOut(nats / tokens, nats / math.log(2) / source_bytes)
+
+
+def write(model: VishwamAI, tokenizer: VishwamAITokenizer, *, tokens: int, seed: int, samples: int = 1) -> list[str]:
+    """Texts of at most so many tokens that the model writes from nothing."""
+    rows = decode.generate(
+        model,
+        [[tokenizer.bos_id]] * samples,
+        max_new_tokens=tokens,
+        eos_id=tokenizer.eos_id,
+        sampling=decode.Sampling(temperature=0.8, top_p=0.95),
+        seed=seed,
+    )
+    return [tokenizer.decode(row) for row in rows]
+
+
+def python_lines(texts: list[str]) -> float:
+    """The share of the texts' complete lines, blank ones aside, that Python's own tokenizer accepts one by one."""
+    lines = [line.strip() for text in texts for line in text.split("\n")[:-1] if line.strip()]
+    return sum(map(_is_python, lines)) / max(len(lines), 1)
+
+
+def _is_python(line: str) -> bool:
+    try:
+        tokens = list(tokenize.generate_tokens(io.StringIO(line + "\n").readline))
+    except (tokenize.TokenError, SyntaxError):
+        return False
+    return all(token.type != tokenize.ERRORTOKEN for token in tokens)
