@@ -273,7 +273,8 @@ class Checkpoints:
         reason = _verify(folder, part=jax.process_index(), parts=count)
         if count == 1 or not np.any(multihost_utils.process_allgather(np.array(reason is not None))):
             return reason
-        return reason or "a file that another process checked is damaged"
+        # Another process found something, and process 0 is the one to say what.
+        return reason or (_verify(folder) if self._primary else None) or "another process cannot read it"
 
     def _agree(self, step: int | None) -> int | None:
         """Process 0's answer, for all."""

@@ -13,20 +13,41 @@ class Signals:
         with Signals() as signals:
             for step in ...:
                 ...
-                if signals.received: save, wait for the save, sys.exit(signals.exit_code)
+                if signals.stop(step): save, wait for the save, sys.exit(signals.exit_code)
 
     A thread reads the signals, through the pipe that the interpreter's C handler writes to. Python's own handlers run
     in the main thread between two byte codes, so never while that thread compiles or waits for a device that hangs,
     which is when a second Ctrl-C matters. Only the main thread may enter; leaving restores what was there before.
+
+    **Arguments**
+
+    - `processes`: how many run this training together; a signal to one of them stops them all, at the same step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
         self.received: signal.Signals | None = None
+        self.processes = processes
 
     @property
     def exit_code(self) -> int:
         """143 after SIGTERM, 130 after SIGINT, as a shell reports them; 0 if there was no signal."""
         return 128 + self.received if self.received else 0
+
+    def stop(self, step: int) -> bool:
+        """Whether to stop after `step`: the same answer in every process, each of which must ask at every step.
+
+        Between processes the question waits for the devices, so it is one for every eighth step only.
+        """
+        if self.processes > 1:
+            if step % 8:
+                return False
+            # Of all that is here this alone needs jax.
+            import numpy as np
+            from jax.experimental import multihost_utils
+
+            numbers = multihost_utils.process_allgather(np.array(self.received or 0, np.int32))
+            self.received = signal.Signals(int(numbers.max())) if numbers.any() else None
+        return self.received is not None
 
     def __enter__(self) -> "Signals":
         self._read, self._write = os.pipe()

@@ -1,0 +1,114 @@
+"""Two processes of four devices each: each writes, checks and reads its part, and one answer holds for both."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from vishwamai_eqx import manifest
+
+PROGRAM = """
+import os, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+rank, port, directory, steps = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
+import jax, numpy as np, time
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from vishwamai_eqx.checkpoint import Checkpoints
+from vishwamai_eqx.guard import Signals
+
+mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+def state(seed):
+    def placed(array, *spec):
+        return jax.make_array_from_callback(array.shape, NamedSharding(mesh, P(*spec)), lambda index: array[index])
+
+    weight = np.random.default_rng(seed).normal(size=(64, 32)).astype(np.float32)
+    return {"w": placed(weight, "data"), "m": placed(weight * 2, None, "data"), "step": placed(np.int32(seed))}
+
+def event(kind, message, *, step=None):
+    print(kind, step, message, flush=True)
+
+with Signals(jax.process_count()) as signals, Checkpoints(directory, keep=2, every=2, on_event=event) as checkpoints:
+    restored, first = checkpoints.restore(state(0)), 0
+    if restored is not None:
+        first = int(restored["step"].addressable_shards[0].data)
+        for ours, theirs in zip(jax.tree.leaves(restored), jax.tree.leaves(state(first)), strict=True):
+            for one, other in zip(ours.addressable_shards, theirs.addressable_shards, strict=True):
+                assert np.array_equal(one.data, other.data)
+    print("restored", first, flush=True)
+    for step in range(first + 1, first + steps + 1):
+        time.sleep(0.01)
+        stop = signals.stop(step)
+        if stop or checkpoints.due(step):
+            checkpoints.save(step, state(step))
+        if stop:
+            checkpoints.wait()
+            print("stopped", step, flush=True)
+            sys.exit(signals.exit_code)
+"""
+
+
+def both(directory, steps):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, str(rank), str(port), directory, str(steps)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+        )
+        for rank in (0, 1)
+    ]
+
+
+def said(runs, code=0):
+    out = []
+    for run in runs:
+        text, errors = run.communicate(timeout=120)
+        assert run.returncode == code, errors
+        out.append([line for line in text.splitlines() if "Gloo" not in line])
+    return out
+
+
+@pytest.mark.slow
+def test_each_does_its_part(tmp_path):
+    directory = tmp_path / "checkpoints"
+    first, second = said(both(directory, 4))
+    assert first[0] == second[0] == "restored 0"
+    assert [line.split()[:2] for line in first[1:]] == [["checkpoint", "2"], ["checkpoint", "4"]]
+    assert {path.name for path in directory.iterdir()} == {"2", "4", ".lock"}
+    parts = [name for name in manifest.read(directory / "4")["files"] if "process_1" in name]
+    assert len(parts) > 3
+
+    # A file at an even place of the list is checked by process 0, one at an odd place by process 1.
+    names = manifest.files(directory / "4")
+    for index in (0, 1):
+        path = directory / str(4) / names[index + 2]
+        path.write_bytes(os.urandom(path.stat().st_size))
+        first, second = said(both(directory, 2))
+        assert f"4/{names[index + 2]} has checksum" in first[0]
+        assert first[1] == second[0] == "restored 2"
+        assert first[2].startswith("checkpoint 4")
+        names = manifest.files(directory / "4")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_both_at_one_step(tmp_path):
+    runs = both(tmp_path / "checkpoints", 100_000)
+    for run in runs:
+        while not run.stdout.readline().startswith("restored"):
+            pass
+    runs[1].send_signal(signal.SIGTERM)
+    first, second = said(runs, code=143)
+    stopped = [line for line in first + second if line.startswith("stopped")]
+    assert len(stopped) == 2 and stopped[0] == stopped[1]
+    step = int(stopped[0].split()[1])
+    assert step % 8 == 0 and (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
