@@ -20,7 +20,7 @@ from vishwamai_eqx.documents import BLOCK_BYTES, find_files, read
 # What is known of a document: a hash of its bytes, how many they are, and the first document that is nearly the same.
 DOCUMENT = np.dtype([("digest", np.uint64), ("size", np.int64), ("group", np.int64)])
 # Raised when the index would come out differently.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)

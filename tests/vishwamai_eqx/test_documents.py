@@ -1,0 +1,79 @@
+"""Reading: each format gives back its documents, byte for byte, in blocks of bounded size."""
+
+import gzip
+import json
+from pathlib import Path
+
+import duckdb
+import pytest
+
+from vishwamai_eqx import documents
+from vishwamai_eqx.config import DataConfig
+
+TEXTS = ["one\nline two\r\n", "\ufeffünï 漢字 😀 'quoted' \"twice\" ▁", "", "\ttabs\n\n\n", "x" * 50]
+
+
+def whole(path: Path, text_column: str = "text") -> list[str]:
+    found, current = [], ""
+    for text, last in documents.read(path, text_column):
+        current += text
+        if last:
+            found.append(current)
+            current = ""
+    assert not current
+    return found
+
+
+@pytest.fixture
+def records(tmp_path) -> Path:
+    lines = [json.dumps({"id": index, "text": text, 'a "b"': str(index)}) for index, text in enumerate(TEXTS)]
+    content = ("\n".join(lines) + "\n").encode()
+    (tmp_path / "r.jsonl").write_bytes(content)
+    (tmp_path / "r.jsonl.gz").write_bytes(gzip.compress(content))
+    with duckdb.connect() as connection:
+        connection.execute("CREATE TABLE r AS SELECT * FROM read_json(?)", [str(tmp_path / "r.jsonl")])
+        connection.execute(f"COPY r TO '{tmp_path}/r.parquet'")
+        connection.execute(f"COPY r TO '{tmp_path}/r.jsonl.zst' (FORMAT json, COMPRESSION zstd)")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.jsonl.gz", "r.jsonl.zst", "r.parquet"])
+def test_a_record_is_a_document(records, name):
+    assert whole(records / name) == TEXTS
+    assert whole(records / name, 'a "b"') == ["0", "1", "2", "3", "4"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_a_text_file_is_a_document_whatever_the_block(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", size)
+    text = "".join(TEXTS) * 3
+    path = tmp_path / "a.md"
+    path.write_bytes(text.encode())
+    blocks = list(documents.read(path, "text"))
+    assert "".join(text for text, _ in blocks) == text
+    assert [last for _, last in blocks] == [False] * (len(blocks) - 1) + [True]
+    # After a line, unless a block holds none.
+    assert all(block.endswith("\n") or "\n" not in block for block, _ in blocks[:-1])
+
+
+def test_long_records_come_in_blocks(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 10)
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    assert whole(tmp_path / "a.jsonl") == TEXTS
+    assert max(len(text) for text, _ in documents.read(tmp_path / "a.jsonl", "text")) == 10
+
+
+def test_a_file_belongs_to_the_first_glob_that_matches(tmp_path):
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = documents.find_files(DataConfig(files=(f"{tmp_path}/a.txt", f"{tmp_path}/**/*.txt")))
+    assert [[path.name for path in source] for source in found] == [["a.txt"], ["b.txt", "c.txt"]]
+
+
+def test_the_standard_library_is_there_without_tests_or_tables():
+    (files,) = documents.find_files(DataConfig())
+    assert 5e6 < sum(path.stat().st_size for path in files) < 30e6
+    folders = {part for path in files for part in path.parts[-4:-1]}
+    assert not folders & documents.NOT_LIBRARY
+    assert {"json", "asyncio"} <= folders
