@@ -8,12 +8,14 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from vishwamai_eqx.config import PRESETS, Config, from_dict, nearest, to_dict
 
+Settings = TypeVar("Settings")
 # Settings that may differ when a run is resumed: they change what is looked at, not what is computed.
 FREE = ("run_dir", "mesh", "dry_run", "json", "checkpoint", "eval")
 
@@ -24,8 +26,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
     Settings that are not given come from the run that is resumed, if there is one, and else from the preset. Raises
     ValueError with a line for each mistake.
     """
-    # No flag takes another's name for a value, so that a lost value does not swallow the next flag.
-    mistakes = list(_mistakes(argv))
+    mistakes = list(_mistakes(argv, flags(Config)))
     preset = _value(argv, "--preset")
     if preset is not None and preset not in PRESETS:
         mistakes.append(f"preset={preset!r} must be one of {', '.join(PRESETS)}; take {nearest(preset)}.")
@@ -35,11 +36,17 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
     saved = read_config(run_dir)
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
     base = dataclasses.replace(base, dry_run=False, json=False)
-    config = tyro.cli(Config, default=base, args=list(argv), description=description)
-    config = dataclasses.replace(config, run_dir=run_dir)
+    config = dataclasses.replace(parse_settings(Config, argv, base, description), run_dir=run_dir)
     if saved is not None and (differences := list(_differences(to_dict(saved), to_dict(config)))):
         raise ValueError("\n".join(f"{run_dir} is a run of another configuration: {line}" for line in differences))
     return config
+
+
+def parse_settings(kind: type[Settings], argv: Sequence[str], default: Settings, description: str | None) -> Settings:
+    """The settings of a dataclass that the arguments ask for; ValueError with a line for each mistake."""
+    if mistakes := list(_mistakes(argv, flags(kind))):
+        raise ValueError("\n".join(mistakes))
+    return tyro.cli(kind, default=default, args=list(argv), description=description)
 
 
 def read_config(run_dir: Path) -> Config | None:
@@ -62,8 +69,8 @@ def write_config(config: Config) -> None:
     fresh.replace(config.run_dir / "config.json")
 
 
-def flags() -> dict[str, Any]:
-    """The type of each flag's value."""
+def flags(kind: type) -> dict[str, Any]:
+    """The type of each flag's value, for the settings of a dataclass."""
     found: dict[str, Any] = {"--help": bool, "-h": bool}
 
     def visit(section: type, prefix: str) -> None:
@@ -82,19 +89,19 @@ def flags() -> dict[str, Any]:
                 head, _, tail = flag.rpartition(".")
                 found[f"--{head}{'.' if head else ''}no-{tail}"] = hint
 
-    visit(Config, "")
+    visit(kind, "")
     return found
 
 
-def _mistakes(argv: Sequence[str]) -> Iterator[str]:
+def _mistakes(argv: Sequence[str], known: dict[str, Any]) -> Iterator[str]:
     """A sentence for each argument that is no flag, or no value of its flag."""
-    known = flags()
     at = 0
     while at < len(argv):
         flag, equals, value = argv[at].partition("=")
         flag = flag.replace("_", "-") if flag.startswith("--") else flag
         values = [value] if equals else []
         at += 1
+        # No flag takes another's name for a value, so that a lost value does not swallow the next flag.
         while at < len(argv) and not equals and (not argv[at].startswith("-") or _is_number(argv[at])):
             values.append(argv[at])
             at += 1
@@ -104,6 +111,7 @@ def _mistakes(argv: Sequence[str]) -> Iterator[str]:
             continue
         hint = known[flag]
         several = get_origin(hint) is tuple
+        hint = next(iter(set(get_args(hint)) - {type(None)}), hint) if isinstance(hint, UnionType) else hint
         if hint is bool:
             if values:
                 yield f"{flag} takes no value and got {values[0]!r}; leave the value out."

@@ -1,0 +1,103 @@
+"""Write text with a trained model: prompt -> ids -> prefill -> one jitted decode loop -> text as it comes.
+
+    python generate.py --run-dir runs/tiny --prompt 'def main('
+    echo 'import os' | python generate.py --run-dir runs/tiny --temperature 0.7 --top-p 0.9 --num-samples 3
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import vishwamai_eqx  # isort: skip  (before jax, whose platform it chooses)
+
+from vishwamai_eqx import command_line, decode
+from vishwamai_eqx.run import Loaded
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `generate.py` takes."""
+
+    run_dir: Path = Path("runs/tiny")
+    """The run whose newest checkpoint writes."""
+    prompt: str | None = None
+    """What the text begins with; none: standard input."""
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    """0 takes the likeliest token each time, 1 draws as the model says."""
+    top_k: int = 0
+    """Draw from the k likeliest tokens only; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities reach p."""
+    seed: int = 0
+    num_samples: int = 1
+    json: bool = False
+    """Print one JSON object, with the tokens and the speed, when all is written."""
+
+
+class Text:
+    """The text of ids that come a few at a time; bytes of a character that is not whole yet are held back."""
+
+    def __init__(self, tokenizer: VishwamAITokenizer):
+        self.tokenizer, self.ids, self.shown = tokenizer, [], ""
+
+    def add(self, ids: list[int], last: bool = False) -> str:
+        self.ids += ids
+        whole = self.tokenizer.decode(self.ids)
+        whole = whole if last else whole.rstrip("\ufffd")
+        new, self.shown = whole[len(self.shown) :], whole
+        return new
+
+
+def generate(settings: Settings, run: Loaded) -> None:
+    sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    if settings.num_samples < 1:
+        raise ValueError(f"num_samples={settings.num_samples} must be at least 1; take 1.")
+    prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
+    ids = [run.tokenizer.bos_id, *run.tokenizer.encode_ids(prompt)]
+    texts = [Text(run.tokenizer) for _ in range(settings.num_samples)]
+    pieces = decode.stream(
+        run.model,
+        [ids] * settings.num_samples,
+        max_new_tokens=settings.max_new_tokens,
+        eos_id=run.tokenizer.eos_id,
+        sampling=sampling,
+        seed=settings.seed,
+        max_length=run.config.model.max_seq_len,
+    )
+    began = time.perf_counter()
+    # One sample is shown as it comes; several would be shuffled together, so each is shown when all are done.
+    streams = settings.num_samples == 1 and not settings.json
+    if streams:
+        print(prompt, end="", flush=True)
+    for new in pieces:
+        shown = [text.add(piece) for text, piece in zip(texts, new, strict=True)]
+        if streams:
+            print(shown[0], end="", flush=True)
+    endings = [text.add([], last=True) for text in texts]
+    seconds, tokens = time.perf_counter() - began, sum(len(text.ids) for text in texts)
+    if settings.json:
+        samples = [{"text": text.shown, "tokens": text.ids} for text in texts]
+        print(json.dumps({"prompt": prompt, "samples": samples, "tokens_per_second": tokens / seconds}))
+    elif streams:
+        print(endings[0])
+    else:
+        for number, text in enumerate(texts, 1):
+            print(f"--- {number}\n{prompt}{text.shown}")
+
+
+def main(argv: list[str]) -> int:
+    try:
+        settings = command_line.parse_settings(Settings, argv, Settings(), __doc__)
+        generate(settings, vishwamai_eqx.load(settings.run_dir))
+    except ValueError as refusal:
+        print(refusal, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
