@@ -1,0 +1,133 @@
+"""The token cache: the corpus's ids, made once, and gone on with after a kill."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vishwamai_eqx import documents, token_cache
+from vishwamai_eqx.config import DataConfig
+from vishwamai_eqx.corpus import load_documents
+from vishwamai_eqx.token_cache import tokenize
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+TOKENIZER = Path(__file__).parent / "huggingface"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        words = rng.choice(["human", "rights", "être", "👩‍👩‍👧", "\n", "  ", "▁", "12"], int(rng.integers(1, 4000)))
+        (folder / f"{index:02}.txt").write_bytes((f"{index} " + " ".join(words)).encode())
+    return folder
+
+
+def load(folder, cache):
+    return load_documents(DataConfig(files=(f"{folder}/*.txt",)), 0, cache)
+
+
+def test_the_stream_is_every_document_between_its_marks(folder, tmp_path, monkeypatch):
+    # Blocks and chunks that end anywhere.
+    monkeypatch.setattr(documents, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(token_cache, "CHUNK_CHARACTERS", 3000)
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    stream = tokenize(corpus, tokenizer, tmp_path)
+    assert stream.tokens.dtype == np.uint16
+    for path, start, end in zip(corpus.files, stream.starts, stream.ends, strict=True):
+        expected = [tokenizer.bos_id, *tokenizer.encode_ids(path.read_bytes().decode()), tokenizer.eos_id]
+        assert stream.tokens[start:end].tolist() == expected
+    again = tokenize(corpus, tokenizer, tmp_path)
+    np.testing.assert_array_equal(again.tokens, stream.tokens)
+
+
+def test_a_second_start_encodes_nothing(folder, tmp_path, monkeypatch):
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    first = tokenize(corpus, tokenizer, tmp_path)
+    monkeypatch.setattr(VishwamAITokenizer, "encode_batch", lambda *_: pytest.fail("encoded again"))
+    np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, first.tokens)
+
+
+@pytest.mark.parametrize("damage", ["tokens beyond the ends", "half an end", "ends beyond the tokens", "nothing left"])
+def test_what_was_cut_short_goes_on(folder, tmp_path, damage):
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    whole = tokenize(corpus, tokenizer, tmp_path)
+    expected = np.array(whole.tokens)
+    (tokens,), (ends,) = tmp_path.glob("tokens/*/tokens.uint16"), tmp_path.glob("tokens/*/ends.int64")
+    kept = {"tokens beyond the ends": (None, 80), "half an end": (None, 85), "ends beyond the tokens": (5000, None)}
+    tokens_size, ends_size = kept.get(damage, (0, 0))
+    tokens.write_bytes(tokens.read_bytes()[:tokens_size])
+    ends.write_bytes(ends.read_bytes()[:ends_size])
+    np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, expected)
+    assert ends.stat().st_size == 8 * len(corpus.sizes)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from vishwamai_eqx import token_cache
+from vishwamai_eqx.config import DataConfig
+from vishwamai_eqx.corpus import load_documents
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+class Slow(VishwamAITokenizer):
+    def encode_batch(self, texts):
+        time.sleep(0.2)
+        return super().encode_batch(texts)
+
+token_cache.CHUNK_CHARACTERS = 20_000
+token_cache.WORKERS = 1
+cache = Path(sys.argv[2])
+corpus = load_documents(DataConfig(files=(sys.argv[1] + "/*.txt",)), 0, cache)
+token_cache.tokenize(corpus, Slow(sys.argv[3]), cache)
+"""
+
+
+def test_a_killed_tokenization_resumes(folder, tmp_path, monkeypatch):
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed"), str(TOKENIZER)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    deadline = time.monotonic() + 120
+    while not any(path.stat().st_size for path in tmp_path.glob("killed/tokens/*/ends.int64")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (ends,) = tmp_path.glob("killed/tokens/*/ends.int64")
+    done = ends.stat().st_size // 8
+    assert 0 < done < 40
+
+    read = []
+    corpus, tokenizer = load(folder, tmp_path / "killed"), VishwamAITokenizer(TOKENIZER)
+    original = type(corpus).blocks
+    monkeypatch.setattr(
+        type(corpus), "blocks", lambda self, first=0: (read.append(b.document) or b for b in original(self, first))
+    )
+    resumed = tokenize(corpus, tokenizer, tmp_path / "killed")
+    assert min(read) == done
+    fresh = tokenize(load(folder, tmp_path / "fresh"), tokenizer, tmp_path / "fresh")
+    np.testing.assert_array_equal(resumed.tokens, fresh.tokens)
+    np.testing.assert_array_equal(resumed.ends, fresh.ends)
+
+
+def test_an_interrupted_write_leaves_whole_documents(folder, tmp_path, monkeypatch):
+    """An error half-way, such as a file that changed, keeps what was done before it."""
+    monkeypatch.setattr(token_cache, "CHUNK_CHARACTERS", 3000)
+    monkeypatch.setattr(token_cache, "WORKERS", 1)
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    path = folder / "30.txt"
+    content = path.read_bytes()
+    path.write_bytes(content + b"!")
+    try:
+        with pytest.raises(ValueError, match=r"30\.txt: changed"):
+            tokenize(corpus, tokenizer, tmp_path)
+    finally:
+        path.write_bytes(content)
+    (ends,) = tmp_path.glob("tokens/*/ends.int64")
+    assert 20 < ends.stat().st_size // 8 <= 30
+    stream = tokenize(corpus, tokenizer, tmp_path)
+    assert tokenizer.decode(stream.tokens[stream.starts[30] : stream.ends[30]]) == content.decode()
