@@ -204,13 +204,18 @@ def choose_held_out(
         room -= int(filled[fitting - 1])
         order = order[fitting:]
     if group_sizes[taken].sum() == 0 or taken.all():
-        fix = "give at least two documents"
-        if len(group_sizes) > 1:
-            # Rounded up, so that the advice itself is not refused.
-            fix = f"give at least {np.ceil(1000 * group_sizes.min() / total) / 1000:.3f}, or more documents"
+        if len(group_sizes) == 1:
+            documents = (
+                "there is one document" if len(digests) == 1 else f"the {len(digests)} documents are copies of one"
+            )
+            raise ValueError(
+                f"data.held_out_share={share}: {documents}, and whole documents are held out; give two or more"
+            )
+        # Rounded up, so that the advice itself is not refused.
+        least_share = np.ceil(1000 * group_sizes[group_sizes > 0].min() / total) / 1000
         raise ValueError(
-            f"data.held_out_share={share}: of {len(digests)} documents with {len(group_sizes)} different texts, none "
-            f"is small enough to be held out whole; {fix}"
+            f"data.held_out_share={share}: none of the {len(digests)} documents is small enough to be held out whole; "
+            f"give at least {least_share:.3f}, or more documents"
         )
     return taken[which]
 

@@ -116,11 +116,13 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
             described = connection.execute(f"DESCRIBE SELECT * FROM {source}", [str(path)]).fetchall()
             kinds = {name: kind for name, kind, *_ in described}
             if kinds.get(text_column) != "VARCHAR":
-                texts = [name for name, kind in kinds.items() if kind == "VARCHAR"]
-                raise ValueError(
-                    f"{path}: no text column {text_column!r}; set data.text_column to "
-                    f"{' or '.join(map(repr, texts)) or 'one of text, which this file has none of'}"
+                texts = [repr(name) for name, kind in kinds.items() if kind == "VARCHAR"]
+                fix = (
+                    f"set data.text_column to {' or '.join(texts)}"
+                    if texts
+                    else "it has no column of text; leave it out"
                 )
+                raise ValueError(f"{path}: no text column {text_column!r}; {fix}")
             cursor = connection.execute(f"SELECT {column} FROM {source}", [str(path)])
             number = 0
             while rows := cursor.fetchmany(256):
@@ -128,13 +130,15 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
                     number += 1
                     if text is None:
                         where = _bad_line(path, text_column) if is_json else None
-                        raise ValueError(where or f"{path}, record {number}: no text in column {text_column!r}")
+                        raise ValueError(
+                            where
+                            or f"{path}, record {number}: no text in column {text_column!r}; mend or remove the record"
+                        )
                     yield text
         except duckdb.Error as error:
-            reason = str(error).split("\n")[0].split(": ", 1)[-1]
-            if is_json:
-                raise ValueError(_bad_line(path, text_column) or f"{path}: cannot be read as JSON ({reason})") from None
-            raise ValueError(f"{path}: damaged or cut short ({reason}); copy or make it again") from None
+            where = _bad_line(path, text_column) if is_json else None
+            # DuckDB's own words are for someone who wrote a query; they stay with the exception.
+            raise ValueError(where or f"{path}: damaged or cut short; copy or make it again") from error
 
 
 def _bad_line(path: Path, text_column: str) -> str | None:
@@ -152,7 +156,9 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                 except ValueError as error:
                     reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
                     return f"{path}, line {number}: not JSON ({reason}); mend or remove the line"
-                if not isinstance(record, dict) or record.get(text_column) is None:
+                if isinstance(record, dict) and text_column in record and record[text_column] is None:
+                    return f"{path}, line {number}: no text in column {text_column!r}; mend or remove the line"
+                if not isinstance(record, dict) or text_column not in record:
                     has = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
                     return (
                         f"{path}, line {number}: no column {text_column!r} (it has {has}); "

@@ -136,7 +136,7 @@ class VishwamAITokenizer:
                 np.asarray(self._spelled(part), np.int32) if SPACE in part else ids
                 for part, ids in zip(flat, encoded, strict=True)
             ]
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             raise ValueError(_not_text(flat)) from None
         ends = np.cumsum([len(text) for text in parts], dtype=np.int64).tolist()
         empty = np.zeros(0, np.int32)
