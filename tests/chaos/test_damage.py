@@ -93,6 +93,32 @@ def test_without_the_checksums_the_damage_would_pass(victims, monkeypatch):
     assert wrong
 
 
+def test_every_byte_of_a_manifest(victims):
+    """A bit flipped anywhere in it is seen, but for white space, where it does not matter."""
+    folder = victims().directory / "2"
+    whole, about = (folder / "manifest.json").read_bytes(), manifest.read(folder)
+    seen = 0
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << place % 8
+        (folder / "manifest.json").write_bytes(changed)
+        try:
+            assert manifest.read(folder) == about
+        except manifest.DamagedError:
+            seen += 1
+    assert seen > 0.5 * len(whole)
+
+
+def test_a_delete_takes_the_manifest_first(victims, monkeypatch):
+    """Where a rename is not one step, as on object stores, what is left is no checkpoint all the same."""
+    victim = victims()
+    monkeypatch.setattr(os, "rename", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "_remove", lambda _: None)
+    checkpoint._delete(victim.directory / "2")
+    monkeypatch.undo()
+    check(victim, "2/manifest.json is missing")
+
+
 def test_an_empty_step(victims):
     victim = victims()
     (victim.directory / "3").mkdir()
