@@ -1,7 +1,7 @@
 """Write text with a trained model: prompt -> ids -> prefill -> one jitted decode loop -> text as it comes.
 
-    python generate.py --run-dir runs/tiny --prompt 'def main('
-    echo 'import os' | python generate.py --run-dir runs/tiny --temperature 0.7 --top-p 0.9 --num-samples 3
+python generate.py --run-dir runs/tiny --prompt 'def main('
+echo 'import os' | python generate.py --run-dir runs/tiny --temperature 0.7 --top-p 0.9 --num-samples 3
 """
 
 import json

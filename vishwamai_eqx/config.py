@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
@@ -223,10 +223,10 @@ def problems(config: Config, devices: int) -> list[str]:
     model, data, optim = config.model, config.data, config.optim
     require("preset", config.preset, config.preset in PRESETS, f"one of {', '.join(PRESETS)}", nearest(config.preset))
     for section in ("model", "optim", "checkpoint", "eval"):
-        for item in dataclasses.fields(getattr(config, section)):
-            value = getattr(getattr(config, section), item.name)
-            if item.type is int and item.name not in ("warmup_steps", "keep_every"):
-                require(f"{section}.{item.name}", value, value >= 1, "at least 1", 1)
+        settings = getattr(config, section)
+        for name, kind in get_type_hints(type(settings)).items():
+            if kind is int and name not in ("warmup_steps", "keep_every"):
+                require(f"{section}.{name}", getattr(settings, name), getattr(settings, name) >= 1, "at least 1", 1)
     for name, value, top in (
         ("data.held_out_share", data.held_out_share, 1),
         ("optim.learning_rate", optim.learning_rate, math.inf),

@@ -1,0 +1,93 @@
+"""Settings: what is refused, with which sentence, before anything is compiled; and what is saved is read back."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+import train
+from vishwamai_eqx import command_line
+from vishwamai_eqx.config import PRESETS, Config, from_dict, problems, to_dict
+
+REFUSED = [
+    ("--stepz 3", "--stepz is not a setting; take --steps."),
+    ("--preset tine", "preset='tine' must be one of tiny, base, large; take tiny."),
+    ("--steps", "--steps needs a value; give one after it."),
+    ("--steps x", "steps='x' must be a whole number; take a number."),
+    ("--steps 1e3", "steps='1e3' must be a whole number; take 1000."),
+    ("--steps 3 4", "--steps takes one value and got 2: '3 4'; quote a value with spaces."),
+    ("--model.remat fulll", "model.remat='fulll' must be one of none, dots, full; take full."),
+    ("--attention flash", "attention='flash' must be one of auto, reference, xla; take "),
+    ("--json=3", "--json takes no value and got '3'; leave the value out."),
+    ("--optim.learning-rate big", "optim.learning_rate='big' must be a number; take one such as 0.1."),
+    ("--mesh data=9", "mesh='data=9' must be of at most the 8 devices there are and needs 9; take data=8."),
+    ("--mesh dada=2", "mesh='dada=2': 'dada=2' must be AXIS=SIZE with an axis of data; take data=8."),
+    ("--model.num-kv-heads 3", "model.num_kv_heads=3 must be a divisor of num_heads=4; take "),
+    ("--model.num-heads 7", "model.num_heads=7 must be such that hidden_size="),
+    ("--model.experts-per-token 9", "model.experts_per_token=9 must be at most num_experts=8; take 8."),
+    ("--steps 0", "optim.steps=0 must be at least 1; take 1."),
+    ("--data.held-out-share 1.5", "data.held_out_share=1.5 must be above 0 and below 1; take 0.05."),
+    ("--optim.microbatches 3", "optim.microbatches=3 must be a divisor of batch_size=16; take "),
+    (
+        "--optim.batch-size 12",
+        "optim.batch_size=12 must be a multiple of microbatches=1 times the mesh's data=8; take ",
+    ),
+    ("--model.dropout-rate 1", "model.dropout_rate=1.0 must be at least 0 and at most 1; take 0.0."),
+    ("--data nowhere/*.txt", "data.files='nowhere/*.txt'"),
+    ("--tokenizer nowhere.model", "nowhere.model"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), REFUSED)
+def test_refusals_are_sentences_and_exit_code_2(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "make_step", None)  # nothing gets that far
+    assert train.main(arguments.split()) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_all_mistakes_at_once(capsys):
+    assert train.main(["--stepz", "3", "--steps", "x", "--model.remat", "all"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 3
+    assert train.main(["--model.num-kv-heads", "3", "--mesh", "data=9"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def test_a_run_of_another_configuration_is_refused(tmp_path, capsys):
+    config = dataclasses.replace(PRESETS["tiny"], run_dir=tmp_path)
+    command_line.write_config(config)
+    assert train.main(["--run-dir", str(tmp_path), "--model.num-layers", "5"]) == 2
+    assert re.search(r"another configuration: model.num_layers=5 must be \d", capsys.readouterr().err)
+    # What is only looked at may change, and what is not given comes from the run.
+    again = command_line.parse(["--run-dir", str(tmp_path), "--checkpoint.every", "7", "--eval.every", "3"])
+    assert again.checkpoint.every == 7
+    assert again.model == config.model
+    (tmp_path / "config.json").write_text('{"model": {"layers": 3}}')
+    assert train.main(["--run-dir", str(tmp_path)]) == 2
+    assert "config.json: not a configuration of this version" in capsys.readouterr().err
+
+
+def test_every_field_can_be_set():
+    flags = command_line.flags(Config)
+    for flag in ("--run-dir", "--data", "--steps", "--attention", "--model.num-layers", "--checkpoint.every"):
+        assert flag in flags
+    config = command_line.parse(
+        ["--steps", "7", "--data", "a.txt", "b.md", "--attention", "xla", "--model.no-tie-embeddings"]
+    )
+    assert (config.optim.steps, config.data.files) == (7, ("a.txt", "b.md"))
+    assert (config.model.attention, config.model.tie_embeddings) == ("xla", False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_possible_and_read_back(preset):
+    config = PRESETS[preset]
+    assert problems(config, 1) == problems(config, 8) == []
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_dry_run_prints_totals(capsys):
+    assert train.main(["--preset", "base", "--dry-run"]) == 0
+    assert "1,497,589,248 parameters, 478,373,376 of them active" in capsys.readouterr().out
+    assert train.main(["--preset", "base", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == {"total": 1_497_589_248, "active": 478_373_376}

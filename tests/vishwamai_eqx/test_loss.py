@@ -1,0 +1,38 @@
+"""Chunked cross-entropy against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vishwamai_eqx import loss
+
+
+def plain(hidden, weight, targets, mask):
+    logits = jnp.einsum("bsd,vd->bsv", hidden, weight)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
+    return -jnp.sum(picked * mask)
+
+
+@pytest.mark.parametrize("chunk", [1 << 22, 24, 12, 1])
+@pytest.mark.parametrize("batch", [4, 3])
+def test_value_and_gradients_are_the_plain_ones(monkeypatch, chunk, batch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * 31)
+    keys = jax.random.split(jax.random.key(0), 4)
+    hidden, weight = jax.random.normal(keys[0], (batch, 6, 8)), jax.random.normal(keys[1], (31, 8))
+    targets = jax.random.randint(keys[2], (batch, 6), 0, 31)
+    mask = (jax.random.uniform(keys[3], (batch, 6)) < 0.7).astype(jnp.float32)
+    expected = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets, mask), (0, 1))(hidden, weight)
+    found = jax.value_and_grad(lambda h, w: 3 * loss.cross_entropy(h, w, targets, mask), (0, 1))(hidden, weight)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, found)
+
+
+def test_no_array_of_all_logits_is_ever_made(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 16)
+    tokens, vocab = 256, 1000
+    shapes = jax.ShapeDtypeStruct((8, 32, 8), jnp.float32), jax.ShapeDtypeStruct((vocab, 8), jnp.float32)
+    ints, mask = jax.ShapeDtypeStruct((8, 32), jnp.int32), jax.ShapeDtypeStruct((8, 32), jnp.float32)
+    compiled = jax.jit(jax.grad(loss.cross_entropy, (0, 1))).lower(*shapes, ints, mask).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2

@@ -1,0 +1,223 @@
+"""The model as a whole: what a logit may depend on, and that the cache changes nothing."""
+
+import functools
+import inspect
+import math
+
+import equinox as eqx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.small import VOCAB, random_batch, small
+from vishwamai_eqx import decode, flops, parameters
+from vishwamai_eqx.attention import TPUMultiHeadAttention, block_pattern
+from vishwamai_eqx.config import PRESETS, ModelConfig
+from vishwamai_eqx.layers import TPUGEMMLinear, TPULayerNorm
+from vishwamai_eqx.model import VishwamAI, build
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+PATTERNS = {"full": {}, "window": {"window": 5}, "blocks": {"attention_block": 4}}
+few = functools.partial(hypothesis.settings, max_examples=5)
+
+
+@functools.cache
+def model_of(pattern: str, **options) -> VishwamAI:
+    config = small(attention_pattern=pattern, **PATTERNS[pattern], **options).model
+    return build(config, "float32", jax.random.key(1))
+
+
+@jax.jit
+def logits_of(model, tokens, segment_ids, positions):
+    hidden, _, _ = model(tokens, segment_ids=segment_ids, positions=positions)
+    return model.head(hidden)
+
+
+def batch(rows=4, seed=0):
+    return jax.tree.map(jnp.asarray, random_batch(rows, 16, seed))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@few()
+@hypothesis.given(st.integers(0, 15), st.integers(0, 1000))
+def test_a_later_token_never_changes_an_earlier_logit(pattern, changed, seed):
+    model = model_of(pattern)
+    tokens = batch(seed=seed).tokens
+    segments, positions = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    before = logits_of(model, tokens, segments, positions)
+    after = logits_of(model, tokens.at[:, changed].add(1), segments, positions)
+    np.testing.assert_allclose(before[:, :changed], after[:, :changed], rtol=1e-5, atol=1e-5)
+    assert np.abs(before[:, changed:] - after[:, changed:]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("pattern", "reaches"), [("full", 0), ("window", 10), ("blocks", 8)])
+def test_a_pattern_bounds_what_a_query_sees(pattern, reaches):
+    # One layer: with more, information hops from window to window.
+    model = model_of(pattern, num_layers=1)
+    tokens = batch().tokens
+    segments, positions = jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    before = logits_of(model, tokens, segments, positions)[:, 14]
+    # Blocks of 4: position 14 sees its own, 8 to 11, and the first, which is left alone here.
+    for changed in range(4 if pattern == "blocks" else 0, 14):
+        after = logits_of(model, tokens.at[:, changed].add(1), segments, positions)[:, 14]
+        assert (np.abs(after - before).max() > 1e-4) == (changed >= reaches), changed
+
+
+@few()
+@hypothesis.given(st.integers(0, 1000))
+def test_one_document_never_changes_another_in_its_row(seed):
+    model, rows = model_of("full"), batch(seed=seed)
+    other = jnp.where(rows.segment_ids == 2, (rows.tokens + 7) % VOCAB, rows.tokens)
+    arguments = rows.segment_ids, rows.positions
+    first = (rows.segment_ids == 1)[..., None]
+    before, after = logits_of(model, rows.tokens, *arguments), logits_of(model, other, *arguments)
+    np.testing.assert_allclose(before * first, after * first, rtol=1e-5, atol=1e-5)
+    assert np.abs(before - after).max() > 1e-3
+
+    # No gradient of the first document's logits reaches an embedding that only the second one has.
+    tokens = jnp.where(rows.segment_ids == 2, VOCAB - 1, jnp.minimum(rows.tokens, VOCAB - 2))
+    gradient = gradient_of_first(model, tokens, *arguments)
+    assert np.abs(gradient[VOCAB - 1]).max() == 0
+    assert np.abs(gradient).max() > 1e-3
+
+
+@jax.jit
+def gradient_of_first(model, tokens, segment_ids, positions):
+    def loss(weight):
+        changed = eqx.tree_at(lambda model: model.embedding.weight, model, weight)
+        hidden, _, _ = changed(tokens, segment_ids=segment_ids, positions=positions)
+        return jnp.sum(jnp.square(hidden) * (segment_ids == 1)[..., None] * jnp.arange(hidden.shape[-1]))
+
+    return jax.grad(loss)(model.embedding.weight)
+
+
+def test_padding_changes_no_logit():
+    model, tokens = model_of("full"), batch().tokens
+    positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
+    whole = logits_of(model, tokens[:, :9], jnp.ones_like(tokens[:, :9]), positions[:, :9])
+    segments = (positions < 9).astype(jnp.int32)
+    padded = logits_of(model, tokens, segments, positions)
+    np.testing.assert_allclose(whole, padded[:, :9], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_counted_nowhere():
+    model, rows = model_of("full"), batch()
+    padded = jax.tree.map(lambda field: jnp.pad(field, ((0, 0), (0, 8))), rows)
+    _, _, metrics = model(rows.tokens, segment_ids=rows.segment_ids, positions=rows.positions)
+    _, _, more = model(padded.tokens, segment_ids=padded.segment_ids, positions=padded.positions)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), metrics, more)
+    assert metrics.load.sum() == (rows.segment_ids > 0).sum() * 2 * 2  # layers, choices
+
+
+@few(max_examples=6)
+@hypothesis.given(
+    pattern=st.sampled_from(list(PATTERNS)),
+    heads=st.sampled_from([(4, 4), (4, 1), (2, 2), (4, 2)]),
+    experts=st.sampled_from([1, 3, 8]),
+    tied=st.booleans(),
+    lengths=st.lists(st.integers(1, 12), min_size=3, max_size=3),
+)
+def test_greedy_generation_with_the_cache_is_that_of_full_passes(pattern, heads, experts, tied, lengths):
+    model = model_of(pattern, num_heads=heads[0], num_kv_heads=heads[1], num_experts=experts, tie_embeddings=tied)
+    tokens = np.asarray(batch().tokens)
+    prompts = [tokens[row, :length].tolist() for row, length in enumerate(lengths)]
+    written = decode.generate(
+        model, prompts, max_new_tokens=10, eos_id=VOCAB, sampling=decode.Sampling(temperature=0.0)
+    )
+    full = np.zeros((3, 32), np.int32)
+    for row, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
+        assert len(new) == 10
+        full[row, : len(prompt) + 10] = prompt + new
+    positions = jnp.broadcast_to(jnp.arange(32), full.shape)
+    logits = np.asarray(logits_of(model, jnp.asarray(full), jnp.ones_like(positions), positions))
+    for row, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
+        predicted = logits[row, len(prompt) - 1 : len(prompt) + 9]
+        # The same choice at every step, but for ties that rounding may break either way.
+        best = predicted.max(axis=-1)
+        np.testing.assert_allclose(predicted[np.arange(10), new], best, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_is_on_with_a_key_only():
+    model, rows = model_of("full", dropout_rate=0.3), batch()
+    call = functools.partial(model, rows.tokens, segment_ids=rows.segment_ids, positions=rows.positions)
+    plain, dropped, other = call()[0], call(key=jax.random.key(0))[0], call(key=jax.random.key(1))[0]
+    assert np.abs(plain - dropped).max() > 1e-3
+    assert np.abs(other - dropped).max() > 1e-3
+    np.testing.assert_array_equal(dropped, call(key=jax.random.key(0))[0])
+
+
+def test_remat_changes_no_gradient():
+    rows = batch()
+
+    def loss(model):
+        hidden, _, _ = model(rows.tokens, segment_ids=rows.segment_ids, positions=rows.positions)
+        return jnp.square(hidden).sum() * 1e-3 + model.head(hidden).sum() * 1e-3
+
+    gradients = [
+        jax.tree.leaves(jax.jit(jax.grad(loss))(model_of("full", remat=remat))) for remat in ("none", "dots", "full")
+    ]
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_block_pattern():
+    np.testing.assert_array_equal(block_pattern(4), [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]])
+
+
+TOTALS = {"base": (1_497_589_248, 478_373_376), "large": (53_420_236_800, 14_765_531_136)}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_totals_of_the_presets(preset):
+    config = PRESETS[preset].model
+    abstract = jax.eval_shape(lambda: build(config, "bfloat16", jax.random.key(0)))
+    total, active = flops.parameters(config)
+    assert parameters.count(abstract) == total
+    if preset in TOTALS:
+        assert (total, active) == TOTALS[preset]
+
+
+@pytest.mark.parametrize("change", [{}, {"num_experts": 1}, {"tie_embeddings": False}])
+def test_hand_count_of_parameters(change):
+    config = small(**change).model
+    assert parameters.count(build(config, "float32", jax.random.key(0))) == flops.parameters(config)[0]
+
+
+SIGNATURES = {
+    VishwamAI: "vocab_size hidden_size=4096 num_layers=32 num_heads=32 num_experts=8 ffn_dim=16384 * num_kv_heads "
+    "max_seq_len=2048 ... key",
+    TPUGEMMLinear: "in_features features use_bias=True use_fp8=True block_size=128 * ... key",
+    TPULayerNorm: "dim epsilon=1e-06 use_bias=True use_scale=True",
+    TPUMultiHeadAttention: "hidden_size num_heads head_dim use_flash_attn=True use_fp8=True * num_kv_heads ... key",
+    VishwamAITokenizer: "model_path max_length=512 pad_token=[PAD] unk_token=[UNK] bos_token=[BOS] eos_token=[EOS]",
+}
+
+
+@pytest.mark.parametrize("owner", SIGNATURES)
+def test_signatures_of_the_contract(owner):
+    expected, found = SIGNATURES[owner].split(), []
+    for name, argument in list(inspect.signature(owner.__init__).parameters.items())[1:]:
+        if argument.kind == argument.KEYWORD_ONLY and "*" not in found:
+            found.append("*")
+        default = "" if argument.default is argument.empty else f"={argument.default}"
+        found.append(f"{name}{default}")
+    if "..." in expected:
+        gap = expected.index("...")
+        found = found[:gap] + ["..."] + found[len(found) - (len(expected) - gap - 1) :]
+    assert found == expected
+
+
+def test_configuration_and_constructor_use_the_same_names():
+    arguments = set(inspect.signature(VishwamAI.__init__).parameters) - {"self", "key", "compute_dtype"}
+    assert set(ModelConfig.__dataclass_fields__) == arguments
+
+
+def test_initial_scale_of_the_residual_stream():
+    model = build(small(hidden_size=128, num_layers=8).model, "float32", jax.random.key(0))
+    std = {name: float(jnp.std(getattr(model.blocks.attention, name).weight)) for name in ("query", "out")}
+    assert math.isclose(std["query"], 1 / math.sqrt(128), rel_tol=0.03)
+    assert math.isclose(std["out"], 1 / math.sqrt(128) / math.sqrt(16), rel_tol=0.03)
