@@ -18,10 +18,10 @@ from kernels.flash_attention.scores import Block, kept, visible
 
 # Scores of one head up to which the probabilities are kept: beyond, memory costs more than computing them again.
 SHORT = 512 * 512
-# Queries up to which blocks of them are unrolled.
-ROWS = 2048
-# Queries of a block: half of a causal 256 x 256 square is skipped to a quarter, and products stay large.
-QUERIES = 128
+# Queries of a block at least: the fewer, the more of a causal square is skipped; below 64 products become too small.
+QUERIES = 64
+# Blocks of queries at most, since each one is a part of the program.
+BLOCKS = 8
 
 
 def flash_attention(
@@ -36,7 +36,7 @@ def flash_attention(
     kv_len, kv_heads = k.shape[1:3]
     grouped = q.reshape(batch, q_len, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    attend = _short if q_len * kv_len <= SHORT and q_len <= ROWS else tiles.attend
+    attend = _short if q_len * kv_len <= SHORT else tiles.attend
     out, lse = attend(*vary_alike((grouped, keys, values, operands)), settings)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), lse.reshape(batch, heads, q_len)
 
@@ -59,25 +59,25 @@ def _forward(q, k, v, operands, settings):
 
 
 def _forward_block(q, k, v, operands, settings, block):
-    wide = accumulator(q.dtype)
-    scores = _scores(block.of_queries(q, 3), block.of_keys(k, 2), settings)
-    scores = jnp.where(visible(block, k.shape[1], operands, settings), scores, -jnp.inf)
+    """One block's result and log-sum-exp, and for the backward pass its unnormalised probabilities and their sums."""
+    seen = visible(block, k.shape[1], operands, settings)
+    scores = jnp.where(seen, _scores(block.of_queries(q, 3), block.of_keys(k, 2), settings), -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jnp.where(top == -jnp.inf, 0, top)
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+    # The barrier keeps XLA from computing the exponentials once for the sum and again for the product.
+    weights = lax.optimization_barrier(jnp.exp(scores - top).astype(q.dtype))
+    total = jnp.sum(weights, axis=-1, keepdims=True, dtype=accumulator(q.dtype))
     nonzero = jnp.where(total > 0, total, 1)
-    probabilities = (weights / nonzero).astype(q.dtype)
-    attended = probabilities
+    attended = weights
     if operands.dropout_key is not None:
-        attended = jnp.where(kept(block, q.shape[:3], operands, settings), probabilities, 0)
-    out = _dot(attended, block.of_keys(v, 2), (4,), (2,)) / (1 - settings.dropout_rate)
-    lse = jnp.where(total > 0, top + jnp.log(nonzero), -jnp.inf)[..., 0].astype(wide)
-    return out.astype(q.dtype), lse, probabilities
+        attended = jnp.where(kept(block, q.shape[:3], operands, settings), weights, 0)
+    out = _dot(attended, block.of_keys(v, 2), (4,), (2,)) / (nonzero * (1 - settings.dropout_rate))
+    lse = jnp.where(total > 0, top + jnp.log(nonzero), -jnp.inf)[..., 0]
+    return out.astype(q.dtype), lse, (weights, nonzero)
 
 
 def _backward(settings, saved, cotangents):
-    q, k, v, operands, out, lse, saved_probabilities = saved
+    q, k, v, operands, out, lse, saved_blocks = saved
     g, g_lse = cotangents
     wide = accumulator(q.dtype)
     # A row without keys has a log-sum-exp of -inf, of which the caller's gradient may be anything.
@@ -85,26 +85,27 @@ def _backward(settings, saved, cotangents):
     dk, dv = jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
     dqs = []
     blocks = _blocks(q.shape[3], k.shape[2], operands, settings)
-    for block, probabilities in zip(blocks, saved_probabilities, strict=True):
-        q_block, g_block = block.of_queries(q, 3), block.of_queries(g, 3)
-        k_block, v_block = block.of_keys(k, 2), block.of_keys(v, 2)
+    for block, (weights, total) in zip(blocks, saved_blocks, strict=True):
+        q_block, k_block, v_block = block.of_queries(q, 3), block.of_keys(k, 2), block.of_keys(v, 2)
+        # What normalises a row scales its output's gradient instead, which is head_dim wide and not kv_len.
+        g_block = (block.of_queries(g, 3).astype(wide) / total).astype(q.dtype)
+        delta_block = block.of_queries(delta, 3)[..., None] / total
         d_weights = _dot(g_block, v_block, (4,), (3,))
-        attended = probabilities
+        attended = weights
         if operands.dropout_key is not None:
             keep = kept(block, q.shape[:3], operands, settings)
             share = 1 / (1 - settings.dropout_rate)
-            attended = jnp.where(keep, probabilities * jnp.asarray(share, q.dtype), 0)
+            attended = jnp.where(keep, weights * jnp.asarray(share, q.dtype), 0)
             d_weights = jnp.where(keep, d_weights * share, 0)
-        d_scores = probabilities.astype(wide) * (d_weights - block.of_queries(delta, 3)[..., None]) * settings.scale
+        d_scores = weights.astype(wide) * (d_weights - delta_block)
         if settings.softcap is not None:
             capped = _scores(q_block, k_block, settings) / settings.softcap
             d_scores = d_scores * (1 - capped * capped)
         d_scores = d_scores.astype(q.dtype)
-        dqs.append(_dot(d_scores, k_block, (4,), (2,)).astype(q.dtype))
-        # Contracting group and queries as two dimensions makes a transposed copy and an NN product, the fast form.
+        dqs.append((_dot(d_scores, k_block, (4,), (2,)) * settings.scale).astype(q.dtype))
         at = (slice(None), slice(None), slice(block.low, block.low + block.keys))
-        dk = dk.at[at].add(_dot(d_scores, q_block, (2, 3), (2, 3)))
-        dv = dv.at[at].add(_dot(attended, g_block, (2, 3), (2, 3)))
+        dk = dk.at[at].add(_over_queries(d_scores, q_block) * settings.scale)
+        dv = dv.at[at].add(_over_queries(attended, g_block))
     return jnp.concatenate(dqs, 3), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -114,8 +115,9 @@ _short.defvjp(_forward, _backward)
 def _blocks(q_len, kv_len, operands, settings):
     """Blocks of queries with the range of keys that any of them may see, as far as that is known when tracing."""
     blocks = []
-    for start in range(0, q_len, QUERIES):
-        stop = min(start + QUERIES, q_len)
+    size = max(QUERIES, -(-q_len // BLOCKS))
+    for start in range(0, q_len, size):
+        stop = min(start + size, q_len)
         low, high = 0, kv_len
         if operands.q_offset is None:
             high = min(high, stop) if settings.causal else high
@@ -125,7 +127,9 @@ def _blocks(q_len, kv_len, operands, settings):
             columns = [column for row in rows for column, seen in enumerate(row) if seen]
             low = max(low, min(columns, default=0) * settings.block_size)
             high = min(high, (max(columns, default=-1) + 1) * settings.block_size)
-        low = min(low, high)
+        # A block that sees nothing keeps one key, masked, so that no array is empty.
+        high = max(high, 1)
+        low = min(low, high - 1)
         blocks.append(Block(start, stop - start, low, high - low))
     return blocks
 
@@ -135,6 +139,14 @@ def _scores(q, k, settings):
     if settings.softcap is not None:
         scores = settings.softcap * jnp.tanh(scores / settings.softcap)
     return scores
+
+
+def _over_queries(a, b):
+    """Contract group and queries: as two dimensions in 16 bits, where XLA then makes a copy and a fast NN product."""
+    if a.dtype.itemsize == 2:
+        return _dot(a, b, (2, 3), (2, 3))
+    a, b = (x.reshape(*x.shape[:2], -1, x.shape[4]) for x in (a, b))
+    return _dot(a, b, (2,), (2,))
 
 
 def _dot(a, b, contract_a, contract_b):
