@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int64, UInt64
+from jaxtyping import Bool, Int32, Int64, UInt64
 
 from vishwamai_eqx import near_duplicates
 from vishwamai_eqx.cache import MegabyteBar, cache_folder, locked, replaced
@@ -39,7 +39,7 @@ class Corpus:
     files: tuple[Path, ...]
     first: Int64[np.ndarray, "files_and_one"]
     """The number of each file's first document, and the number of documents."""
-    source: Int64[np.ndarray, "documents"]
+    source: Int32[np.ndarray, "documents"]
     """Which of the configuration's globs each document came by."""
     digests: UInt64[np.ndarray, "documents"]
     """A hash of each document's bytes."""
@@ -53,8 +53,8 @@ class Corpus:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that name the text, wherever it lies."""
         content = blake2b(digest_size=8)
-        content.update(self.digests)
-        content.update(self.sizes)
+        content.update(self.digests.tobytes())
+        content.update(self.sizes.tobytes())
         return content.hexdigest()
 
     def blocks(self, document: int = 0) -> Iterator[Block]:
@@ -121,7 +121,7 @@ def load_documents(data: DataConfig, seed: int = 0, cache_dir: Path | None = Non
     return Corpus(
         files=tuple(files),
         first=np.concatenate([[0], np.cumsum(counts)]),
-        source=np.repeat(np.arange(len(sources)), per_source),
+        source=np.repeat(np.arange(len(sources), dtype=np.int32), per_source),
         digests=digests,
         sizes=sizes,
         held_out=choose_held_out(digests, sizes, documents["group"], data.held_out_share, seed),

@@ -65,7 +65,8 @@ class Dataset:
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n of the run, or those of its rows that a process needs."""
         first = n * self.batch_size
-        return _stack([self._rows[number] for number in range(first, first + self.batch_size)[rows]])
+        numbers = range(first, first + self.batch_size)[rows]
+        return _stack([np.asarray(self._rows[number]) for number in numbers])
 
     @property
     def batches_per_epoch(self) -> float:
@@ -78,7 +79,8 @@ class Dataset:
         for first in range(0, total, rows):
             present = range(first, min(first + rows, total))
             batch = [_row(self.tokens, self.held_out_rows, number, self.seq_len) for number in present]
-            yield _stack(batch + [np.zeros((4, self.seq_len), np.int32)] * (rows - len(batch)))
+            batch += [np.zeros((4, self.seq_len), np.int32)] * (rows - len(batch))
+            yield _stack(batch)
 
     def held_out_text(self) -> Iterator[bytes]:
         """The held-out documents, in their order on disk, as bytes."""
@@ -134,8 +136,8 @@ def prepare(
     identity.update(
         repr([corpus.fingerprint, tokenizer.fingerprint, seq_len, batch_size, seed, list(weights)]).encode()
     )
-    identity.update(np.packbits(held_out))
-    identity.update(corpus.source if weights else b"")
+    identity.update(np.packbits(held_out).tobytes())
+    identity.update(corpus.source.tobytes() if weights else b"")
     return Dataset(
         tokenizer=tokenizer,
         tokens=stream.tokens,
@@ -209,8 +211,8 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, number: int) -> Int32[np.ndarray, "4 seq"]:
-        return _row(self.tokens, self.rows, number, self.seq_len)
+    def __getitem__(self, index: int) -> Int32[np.ndarray, "4 seq"]:
+        return _row(self.tokens, self.rows, index, self.seq_len)
 
 
 def _row(

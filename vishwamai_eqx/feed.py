@@ -1,7 +1,9 @@
 """Batches on the devices before they are needed."""
 
+import functools
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import grain
 import jax
@@ -56,7 +58,7 @@ def place(dataset: Dataset, n: int, sharding: jax.sharding.Sharding, microbatche
         staging = sharding.with_memory_kind("pinned_host")
     parts: dict[str, list[Int32[np.ndarray, "microbatches rows seq"]]] = {}
 
-    def part(index: tuple[slice, ...], field: int) -> Int32[np.ndarray, "microbatches rows seq"]:
+    def part(index: Any, field: int) -> Int32[np.ndarray, "microbatches rows seq"]:
         micro, row, column = index
         key = str(index)  # slices have no hash before Python 3.12
         if key not in parts:
@@ -69,7 +71,7 @@ def place(dataset: Dataset, n: int, sharding: jax.sharding.Sharding, microbatche
         return parts[key][field]
 
     arrays = [
-        jax.make_array_from_callback(shape, staging, lambda index, field=field: part(index, field))
+        jax.make_array_from_callback(shape, staging, functools.partial(part, field=field))
         for field in range(len(Batch._fields))
     ]
     return Batch(*(arrays if staging is sharding else jax.device_put(arrays, sharding)))

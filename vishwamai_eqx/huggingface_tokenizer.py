@@ -4,7 +4,9 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
-ModelProto = sentencepiece_model_pb2.ModelProto
+# Made at import, out of a type checker's sight.
+ModelProto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+TrainerSpec = sentencepiece_model_pb2.TrainerSpec  # pyright: ignore[reportAttributeAccessIssue]
 Piece = ModelProto.SentencePiece
 
 SPACE = "\u2581"
@@ -14,7 +16,7 @@ def expressible(model: ModelProto) -> bool:
     """Whether `tokenizer_json` says all there is to say about a model: byte pairs, and text left as it is."""
     normalizer = model.normalizer_spec
     return (
-        model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE
+        model.trainer_spec.model_type == TrainerSpec.BPE
         and normalizer.name == "identity"
         and not normalizer.add_dummy_prefix
         and not normalizer.remove_extra_whitespaces

@@ -7,7 +7,7 @@ two bring likely pairs together, and a pair counts when 20 of its minima agree: 
 """
 
 import numpy as np
-from jaxtyping import Int64, UInt16, UInt32, UInt64
+from jaxtyping import Bool, Int64, UInt16, UInt32, UInt64
 
 MINIMA, ROWS = 32, 2
 AGREEING = 20
@@ -62,40 +62,45 @@ def groups(
     """For each document the first one that is the same text, or nearly, through any chain of such pairs."""
     order = np.argsort(digests, kind="stable")
     same = digests[order[1:]] == digests[order[:-1]]
-    left, right = [order[:-1][same]], [order[1:][same]]
-    comparable = np.flatnonzero((sketches[:, :ROWS] != NOTHING & 0xFFFF).any(axis=1))
+    labels = _joined(np.arange(len(digests)), order[:-1][same], order[1:][same])
+    # Of copies only the first is compared.
+    comparable = np.flatnonzero((labels == np.arange(len(digests))) & _has_shingles(sketches))
     for band in range(0, MINIMA, ROWS):
         keys = np.zeros(len(comparable), np.uint32)
         for column in range(band, band + ROWS):
             keys = _mix(keys ^ sketches[comparable, column])
         order = np.argsort(keys, kind="stable")
         keys, members = keys[order], comparable[order]
-        alike = np.concatenate([[False], keys[1:] == keys[:-1]])[: len(keys)]
-        runs = np.flatnonzero(~alike)
+        starts = np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]
+        runs = np.flatnonzero(starts)
         heads = np.repeat(members[runs], np.diff(np.append(runs, len(keys))))
         # With the one before and with the first of its run: a single unlike document does not part the others.
         for others in (heads, np.roll(members, 1)):
-            for chunk in np.array_split(np.flatnonzero(alike), alike.sum() // 2**18 + 1):
-                agreeing = (sketches[others[chunk]] == sketches[members[chunk]]).sum(axis=1)
-                left.append(others[chunk][agreeing >= AGREEING])
-                right.append(members[chunk][agreeing >= AGREEING])
-    return _connected(len(digests), np.concatenate(left), np.concatenate(right))
+            candidates = np.flatnonzero(~starts & (labels[others] != labels[members]))
+            for chunk in np.array_split(candidates, len(candidates) // 2**18 + 1):
+                left, right = others[chunk], members[chunk]
+                alike = (sketches[left] == sketches[right]).sum(axis=1) >= AGREEING
+                labels = _joined(labels, left[alike], right[alike])
+    return labels
 
 
-def _connected(
-    documents: int, left: Int64[np.ndarray, "pairs"], right: Int64[np.ndarray, "pairs"]
+def _has_shingles(sketches: UInt16[np.ndarray, "documents minima"]) -> Bool[np.ndarray, "documents"]:
+    """Whether a sketch is of anything; that its first four minima all end in ones by chance has odds of 2^-64."""
+    return (sketches[:, :4] != NOTHING & 0xFFFF).any(axis=1)
+
+
+def _joined(
+    labels: Int64[np.ndarray, "documents"], left: Int64[np.ndarray, "pairs"], right: Int64[np.ndarray, "pairs"]
 ) -> Int64[np.ndarray, "documents"]:
-    """The least document of each connected component."""
-    labels = np.arange(documents)
+    """The least document of each component, when these pairs are connected besides."""
     while len(left):
         least = np.minimum(labels[left], labels[right])
         np.minimum.at(labels, labels[left], least)
         np.minimum.at(labels, labels[right], least)
-        labels = labels[labels]
+        while (labels[labels] != labels).any():
+            labels = labels[labels]
         apart = labels[left] != labels[right]
         left, right = left[apart], right[apart]
-    while (labels[labels] != labels).any():
-        labels = labels[labels]
     return labels
 
 

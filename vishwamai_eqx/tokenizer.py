@@ -13,11 +13,11 @@ import numpy as np
 import sentencepiece
 import tyro
 from jaxtyping import Int32
-from sentencepiece import sentencepiece_model_pb2
 
 from vishwamai_eqx import documents, huggingface_tokenizer, sentencepiece_training
 from vishwamai_eqx.cache import replaced
 from vishwamai_eqx.config import DataConfig
+from vishwamai_eqx.huggingface_tokenizer import ModelProto, Piece
 
 # Texts that `encode_ids` remembers, and the longest of them: at most a few megabytes.
 CACHED_TEXTS = 1024
@@ -181,12 +181,11 @@ class VishwamAITokenizer:
     @functools.cached_property
     def piece_bytes(self) -> list[bytes]:
         """What each piece stands for; nothing for special tokens."""
-        kind = sentencepiece_model_pb2.ModelProto.SentencePiece
         result = []
         for piece in self._proto.pieces:
-            if piece.type == kind.BYTE:
+            if piece.type == Piece.BYTE:
                 result.append(bytes([int(piece.piece[3:5], 16)]))
-            elif piece.type in (kind.NORMAL, kind.USER_DEFINED):
+            elif piece.type in (Piece.NORMAL, Piece.USER_DEFINED):
                 result.append(piece.piece.replace(SPACE, " ").encode())
             else:
                 result.append(b"")
@@ -239,7 +238,7 @@ class VishwamAITokenizer:
         return declared
 
 
-def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, sentencepiece_model_pb2.ModelProto]:
+def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, ModelProto]:
     if not path.is_file():
         raise ValueError(
             f"{path}: no such tokenizer; give a SentencePiece .model file or a folder with tokenizer.model"
@@ -247,7 +246,7 @@ def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, sentencepie
     try:
         model = path.read_bytes()
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        return processor, sentencepiece_model_pb2.ModelProto.FromString(model)
+        return processor, ModelProto.FromString(model)
     except Exception:
         raise ValueError(f"{path}: not a SentencePiece model, or a damaged one; copy or train it again") from None
 
@@ -311,9 +310,9 @@ def _inspect_command(model: tyro.conf.Positional[Path], *, text: str | None = No
     for id in merged:
         print(f"{id:>7} {tokenizer.piece(id)!r}")
     if text is not None:
-        text = sys.stdin.read() if text == "-" else text
-        ids = tokenizer.encode_ids(text)
-        size = len(text.encode())
+        shown = sys.stdin.read() if text == "-" else text
+        ids = tokenizer.encode_ids(shown)
+        size = len(shown.encode())
         print(f"{size} bytes, {len(ids)} pieces, {size / max(len(ids), 1):.2f} bytes a piece")
         print(" ".join(f"{tokenizer.piece(id)}:{id}" for id in ids))
 

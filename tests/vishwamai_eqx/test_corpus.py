@@ -108,8 +108,9 @@ def test_the_minima_of_a_text_are_those_of_its_blocks():
 
 
 def test_a_chain_of_near_copies_is_one_group():
-    labels = near_duplicates._connected(7, np.array([5, 3, 1, 6]), np.array([3, 1, 0, 4]))
-    assert labels.tolist() == [0, 0, 2, 0, 4, 0, 4]
+    labels = near_duplicates._joined(np.arange(7), np.array([5, 3, 6]), np.array([3, 1, 4]))
+    assert labels.tolist() == [0, 1, 2, 1, 4, 1, 4]
+    assert near_duplicates._joined(labels, np.array([5]), np.array([0])).tolist() == [0, 0, 2, 0, 4, 0, 4]
 
 
 def test_groups_are_taken_until_the_share_is_full():
