@@ -93,7 +93,7 @@ def _append(
             _synchronise(tokens_file)
             ends_file.write(np.array(ends, np.int64).tobytes())
             _synchronise(ends_file)
-            bar.advance(sum(len(block.text) for block in blocks))
+            bar.advance(sum(len(block.text.encode()) for block in blocks))
 
         # In order, and few at a time: what is read ahead is in memory.
         waiting: deque[tuple[list[Block], Future]] = deque()

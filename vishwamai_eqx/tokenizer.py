@@ -159,7 +159,7 @@ class VishwamAITokenizer:
         bucket = SMALLEST_BUCKET
         while bucket < longest:
             bucket *= 2
-        input_ids = np.full((len(rows), min(bucket, max(limit, longest))), self.pad_id, np.int32)
+        input_ids = np.full((len(rows), min(bucket, limit)), self.pad_id, np.int32)
         attention_mask = np.zeros_like(input_ids)
         for index, row in enumerate(rows):
             input_ids[index, : len(row)] = row
