@@ -46,7 +46,6 @@ DROPOUT = {"dropout_rate": 0.3, "dropout_key": jax.random.key(7), "dropout_offse
 # name: (lengths, arguments)
 CASES = {
     "causal": ({}, {}),
-    "full": ({"q_len": 50}, {"causal": False}),
     "segments": ({}, {"segment_ids": SEGMENTS}),
     "segment pair": ({"q_len": 30}, {"segment_ids": (SEGMENTS[:, 20:50], SEGMENTS), "causal": False}),
     "window, softcap, scale": ({}, {"window": 17, "softcap": 1.5, "scale": 0.4}),
@@ -91,7 +90,7 @@ def test_value_and_gradients_match_the_reference(name, form):
     assert_close(actual, expected(name, jnp.float32), jnp.float32, name)
 
 
-@pytest.mark.parametrize("name", ["segments", "window, softcap, scale", "dropout"])
+@pytest.mark.parametrize("name", ["segments", "dropout"])
 def test_bf16_matches_the_reference_of_the_rounded_inputs(name, form):
     lengths, arguments = CASES[name]
     actual = value_and_gradients("xla", inputs(dtype=jnp.bfloat16, **lengths), arguments)
@@ -161,7 +160,7 @@ def loop(q, k, v, causal, window, softcap, offset, lengths, q_segments, kv_segme
     return out
 
 
-@settings(max_examples=6)
+@settings(max_examples=5)
 @given(data=st.data())
 @pytest.mark.parametrize("regime", ["reference", "short", "tiles"])
 def test_any_shape_and_mask_matches_a_loop(regime, data):
@@ -271,8 +270,8 @@ def test_quantised_keys_and_values_carry_their_scales(implementation):
     assert_close(out, want, jnp.float32, "out")
 
 
-def test_under_checkpoint_scan_and_vmap(form):
-    q, k, v = inputs()
+def test_under_checkpoint_and_scan():
+    q, k, v = inputs(q_len=20, kv_len=20)
 
     def layer(x, scale):
         return kernels.flash_attention(x * scale, k, v, implementation="xla"), None
@@ -283,12 +282,18 @@ def test_under_checkpoint_scan_and_vmap(form):
     def unrolled(q):
         return jnp.sum(layer(layer(q, 0.5)[0], 2.0)[0] ** 2)
 
-    def rows(q):
-        attend = functools.partial(kernels.flash_attention, implementation="xla")
-        return jax.vmap(lambda *row: attend(*(x[None] for x in row))[0])(q, k, v)
-
     assert_close(jax.jit(jax.grad(scanned))(q), jax.jit(jax.grad(unrolled))(q), jnp.float32, "gradient")
-    assert_close(jax.jit(rows)(q), jax.jit(layer)(q, 1.0)[0], jnp.float32, "vmap")
+
+
+def test_vmap(form):
+    q, k, v = inputs(q_len=50, kv_len=50)
+
+    def loss(q, k, v):
+        return jnp.sum(kernels.flash_attention(q[None], k[None], v[None], implementation="xla") ** 2)
+
+    mapped = jax.jit(jax.vmap(jax.grad(loss)))(q, k, v)
+    one_by_one = jax.jit(jax.grad(loss))
+    assert_close(mapped, jnp.stack([one_by_one(*row) for row in zip(q, k, v, strict=True)]), jnp.float32, "vmap")
 
 
 @pytest.mark.parametrize(
