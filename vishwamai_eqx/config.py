@@ -65,8 +65,8 @@ class DataConfig:
     """Where the text comes from and how rows are made of it."""
 
     files: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--data"], metavar="GLOB...")] = ()
-    """Globs of .txt, .md and .py files, a document each, and of .jsonl (also .gz and .zst) and .parquet files, a document
-    a record; none: the running Python's standard library."""
+    """Globs of .txt, .md and .py files, a document each, and of .jsonl (also .gz and .zst) and .parquet files, each
+    record a document; none: the running Python's standard library."""
     text_column: str = "text"
     """Where the text of a .jsonl or .parquet record is."""
     weights: tuple[float, ...] = ()
