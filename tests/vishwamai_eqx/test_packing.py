@@ -47,6 +47,12 @@ def test_permuted_rows_are_the_same_rows(lengths, seed):
     assert sorted(contents(permuted)) == sorted(contents(rows))
 
 
+def test_a_document_goes_where_it_leaves_least_room():
+    starts, ends = bounds([7 + 1, 6 + 1, 3 + 1])
+    rows = packing.pack(starts, ends, 10)
+    assert [rows.length[rows.first[r] : rows.first[r + 1]].tolist() for r in range(len(rows))] == [[7, 3], [6]]
+
+
 def test_padding_stays_under_three_percent():
     rng = np.random.default_rng(0)
     for mean in (30, 200, 2000):
