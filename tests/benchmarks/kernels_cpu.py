@@ -130,19 +130,21 @@ def main() -> None:
     options = parser.parse_args()
     measured = options.rounds, time.process_time if options.cpu_time else time.perf_counter
     ratios = {}
+
+    def record(name, ratio):
+        ratios[name] = ratio
+        if not options.json:
+            print(f"{ratio:6.2f}  {name}", flush=True)
+
     for name, dtype in (("bf16", jnp.bfloat16), ("f32", jnp.float32)):
         for load in ("balanced", "zipf"):
-            ratios[f"mixture over dense, {load}, {name}"] = mixture_ratio(dtype, load, *measured)
+            record(f"mixture over dense, {load}, {name}", mixture_ratio(dtype, load, *measured))
         for seq in (256, 512):
-            ratios[f"flash over naive, seq {seq}, {name}"] = attention_ratio(dtype, seq, *measured)
+            record(f"flash over naive, seq {seq}, {name}", attention_ratio(dtype, seq, *measured))
         for k, n in ((256, 768), (768, 256)):
-            ratios[f"gemm over plain, {k}x{n}, {name}"] = gemm_ratio(dtype, k, n, *measured)
+            record(f"gemm over plain, {k}x{n}, {name}", gemm_ratio(dtype, k, n, *measured))
     if options.json:
         print(json.dumps({"jax": jax.__version__, "ratios": ratios}))
-        return
-    print(f"jax {jax.__version__}")
-    for name, ratio in ratios.items():
-        print(f"{ratio:6.2f}  {name}")
 
 
 if __name__ == "__main__":
