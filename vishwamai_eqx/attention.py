@@ -14,6 +14,10 @@ from vishwamai_eqx.config import AttentionPattern
 from vishwamai_eqx.layers import TPUGEMMLinear, rotate
 
 
+Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
+"""Cosines and sines of the rotary positions, the same for all layers."""
+
+
 class KVCache(eqx.Module):
     """Keys and values of the tokens read so far; slot i of a row holds the token at position i."""
 
@@ -65,7 +69,6 @@ class TPUMultiHeadAttention(eqx.Module):
     pattern: AttentionPattern = eqx.field(static=True)
     window: int = eqx.field(static=True)
     block: int = eqx.field(static=True)
-    rope_theta: float = eqx.field(static=True)
     dropout_rate: float = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
 
@@ -81,7 +84,6 @@ class TPUMultiHeadAttention(eqx.Module):
         pattern: AttentionPattern = "full",
         window: int = 512,
         block: int = 128,
-        rope_theta: float = 10_000.0,
         dropout_rate: float = 0.0,
         implementation: str | None = None,
         residual_gain: float = 1.0,
@@ -100,26 +102,26 @@ class TPUMultiHeadAttention(eqx.Module):
         self.out = TPUGEMMLinear(width, hidden_size, False, use_fp8, gain=residual_gain, key=out_key)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.pattern, self.window, self.block = pattern, window, block
-        self.rope_theta, self.dropout_rate = rope_theta, dropout_rate
+        self.dropout_rate = dropout_rate
         self.implementation = implementation if use_flash_attn else "reference"
 
     def __call__(
         self,
         x: Float[Array, "batch seq d_model"],
         positions: Int[Array, "batch seq"],
+        angles: Angles,
         segment_ids: Int[Array, "batch seq"] | None = None,
         slot: CacheSlot | None = None,
         *,
         key: PRNGKeyArray | None = None,
         first_row: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None]:
-        """Attend to the row so far, or with `slot` to the cache.
+        """Attend to the row so far, or with `slot` to the cache; `angles` are those of `positions`.
 
         `key` turns dropout on; `first_row` is the index, in the whole batch, of this device's first row.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.query(x).reshape(heads), positions, self.rope_theta)
-        k = rotate(self.key(x).reshape(heads), positions, self.rope_theta)
+        q, k = (rotate(project(x).reshape(heads), angles) for project in (self.query, self.key))
         v = self.value(x).reshape(heads)
         cache, options = None, self.pattern_options(x.shape[1])
         if slot is not None:

@@ -96,15 +96,24 @@ class Embedding(eqx.Module):
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide(hidden.dtype))
 
 
-def rotate(
-    x: Float[Array, "batch seq heads head_dim"], positions: Int[Array, "batch seq"], theta: float
-) -> Float[Array, "batch seq heads head_dim"]:
-    """Rotary positions (2104.09864) in f32: dimension i turns with i + head_dim / 2 by position * theta^(-2i/head_dim)."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=wide(x.dtype)) / half)
+def rotary_angles(
+    positions: Int[Array, "batch seq"], head_dim: int, theta: float, dtype: jnp.dtype
+) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
+    """Cosine and sine of position * theta^(-2i/head_dim) for the pairs i of a head (2104.09864), in `dtype`."""
+    half = head_dim // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half)
     angles = positions[:, :, None, None] * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(angles.dtype), 2, axis=-1)
+    # Kept whole: XLA would rather compute them again in every layer, for every head, forward and backward.
+    return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
+
+
+def rotate(
+    x: Float[Array, "batch seq heads head_dim"],
+    angles: tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]],
+) -> Float[Array, "batch seq heads head_dim"]:
+    """Turn dimension i of a head with i + head_dim / 2 by the angles of `rotary_angles`."""
+    cos, sin = angles
+    a, b = jnp.split(x.astype(cos.dtype), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
@@ -133,4 +142,12 @@ class GatedMLP(eqx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-        return self.down(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x))
+        return self.down(gated(self.activation, self.gate(x), self.up(x)))
+
+
+def gated(
+    activation: Activation, gate: Float[Array, "*batch d_ff"], up: Float[Array, "*batch d_ff"]
+) -> Float[Array, "*batch d_ff"]:
+    """activation(gate) * up, in f32 inside: CPUs have no bf16 exponential, and the rounding in between cost more."""
+    dtype = wide(gate.dtype)
+    return (ACTIVATIONS[activation](gate.astype(dtype)) * up.astype(dtype)).astype(gate.dtype)

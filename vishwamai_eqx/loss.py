@@ -6,7 +6,6 @@ Head and loss are computed together over chunks of tokens. Their gradients are m
 logits are there: the whole takes three matrix products a chunk instead of four, and backward only scales.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,8 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from vishwamai_eqx.layers import wide
 
-# Numbers of logits that live at once: 16 MB in f32 stay near the caches of a CPU.
-CHUNK_LOGITS = 2**22
+# Logits that live at once, 32 MB of them in f32: fewer cost more launches, and were slower on CPU too.
+CHUNK_LOGITS = 2**23
 # A chunk has at least so many tokens, or its matrix products no longer fill the units of an accelerator.
 CHUNK_TOKENS = 256
 
@@ -44,7 +43,7 @@ def cross_entropy(
     return chunked(hidden.reshape(*shape, d_model), weight, targets.reshape(shape), mask.reshape(shape))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=())
+@jax.custom_vjp
 def chunked(
     hidden: Float[Array, "chunks rows seq d_model"],
     weight: Float[Array, "vocab d_model"],
@@ -52,7 +51,8 @@ def chunked(
     mask: Float[Array, "chunks rows seq"],
 ) -> Float[Array, ""]:
     def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
-        return total + chunk_loss(*chunk[:1], weight, *chunk[1:])[0], None
+        hidden, targets, mask = chunk
+        return total + chunk_loss(hidden, weight, targets, mask)[0], None
 
     return jax.lax.scan(add, zero_like_sum(hidden, weight), (hidden, targets, mask))[0]
 
@@ -62,32 +62,39 @@ def chunk_loss(
     weight: Float[Array, "vocab d_model"],
     targets: Int[Array, "rows seq"],
     mask: Float[Array, "rows seq"],
-) -> tuple[Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"]]:
-    """A chunk's loss, its logits and their log-partition."""
+) -> tuple[Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"], Float[Array, "rows seq d_model"]]:
+    """A chunk's loss; exp(logits - largest), in the type of `hidden`, and one over its sums; the targets' rows."""
     logits = dot(hidden, weight, (2,), (1,))
-    log_partition = jax.nn.logsumexp(logits, axis=-1)
+    largest = logits.max(axis=-1)
+    exponentials = jnp.exp(logits - largest[..., None])
+    total = exponentials.sum(axis=-1)
     # The target's logit anew from its row: a gather of rows is cheaper than one out of the logits.
-    target = jnp.sum(hidden.astype(logits.dtype) * weight[targets].astype(logits.dtype), axis=-1)
-    return jnp.sum((log_partition - target) * mask), logits, log_partition
+    rows = weight[targets].astype(logits.dtype)
+    target = jnp.sum(hidden.astype(logits.dtype) * rows, axis=-1)
+    loss = jnp.sum((jnp.log(total) + largest - target) * mask)
+    return loss, exponentials.astype(hidden.dtype), 1 / total, rows
 
 
 def chunked_fwd(hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
     def add(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        """With p = e / sum(e): dh = mask (p E - E[target]) and dE = (mask h)^T p - scatter of mask h to the targets.
+
+        Dividing by sum(e) after one product and before the other leaves e as the only array of the size of the logits.
+        """
         total, dweight = carry
         hidden, targets, mask = chunk
-        loss, logits, log_partition = chunk_loss(hidden, weight, targets, mask)
-        probabilities = jnp.exp(logits - log_partition[..., None])
-        hit = jax.nn.one_hot(targets, logits.shape[-1], dtype=bool)
-        dlogits = ((probabilities - hit) * mask[..., None]).astype(hidden.dtype)
-        dhidden = dot(dlogits, weight, (2,), (0,)).astype(hidden.dtype)
+        loss, exponentials, inverse, rows = chunk_loss(hidden, weight, targets, mask)
+        dhidden = (dot(exponentials, weight, (2,), (0,)) * inverse[..., None] - rows) * mask[..., None]
         # The smaller operand first, and transposed once at the end: see kernels.gemm.
-        dweight += dot(hidden, dlogits, (0, 1), (0, 1))
-        return (total + loss, dweight), dhidden
+        scaled = (hidden * (inverse * mask)[..., None]).astype(hidden.dtype)
+        dweight += dot(scaled, exponentials, (0, 1), (0, 1))
+        return (total + loss, dweight), dhidden.astype(hidden.dtype)
 
     total = zero_like_sum(hidden, weight)
     dweight = jnp.zeros(weight.shape[::-1], total.dtype) + total
     (total, dweight), dhidden = jax.lax.scan(add, (total, dweight), (hidden, targets, mask))
-    return total, (dhidden, dweight.T.astype(weight.dtype))
+    dweight = dweight.T.at[targets].add(-hidden * mask[..., None])
+    return total, (dhidden, dweight.astype(weight.dtype))
 
 
 def chunked_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Any, ...]:

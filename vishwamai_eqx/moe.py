@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
-from vishwamai_eqx.layers import ACTIVATIONS, Activation, wide
+from vishwamai_eqx.layers import Activation, gated, wide
 from vishwamai_eqx.parameters import normal, parameter
 
 # Each expert's rows begin at a multiple of this: whole blocks for the grouped matrix product, which then copies nothing.
@@ -120,7 +120,7 @@ class MoE(eqx.Module):
             grouped = functools.partial(
                 kernels.grouped_matmul, group_sizes=plan.group_sizes, row_alignment=ROW_ALIGNMENT
             )
-            inner = ACTIVATIONS[self.activation](grouped(rows, self.gate)) * grouped(rows, self.up)
+            inner = gated(self.activation, grouped(rows, self.gate), grouped(rows, self.up))
             rows = grouped(inner, self.down, transposed=True)
         with jax.named_scope("combine"):
             y = kernels.moe_combine(rows, plan, weights.reshape(flat))

@@ -8,7 +8,7 @@ import pytest
 from tests.small import small
 from vishwamai_eqx import moe, parameters
 from vishwamai_eqx.attention import TPUMultiHeadAttention
-from vishwamai_eqx.layers import GatedMLP, TPUGEMMLinear, TPULayerNorm, rotate
+from vishwamai_eqx.layers import GatedMLP, TPUGEMMLinear, TPULayerNorm, rotary_angles, rotate
 from vishwamai_eqx.mesh import place
 from vishwamai_eqx.model import build
 
@@ -36,8 +36,13 @@ def test_layer_norm():
 
 def test_rotary_scores_depend_on_distance_alone():
     q, k = jax.random.normal(KEY, (2, 1, 1, 1, 16))
-    at = lambda x, position: rotate(x, jnp.full((1, 1), position), 10_000.0)
-    score = lambda m, n: jnp.sum(at(q, m) * at(k, n))
+
+    def at(x, position):
+        return rotate(x, rotary_angles(jnp.full((1, 1), position), 16, 10_000.0, jnp.dtype(jnp.float32)))
+
+    def score(m, n):
+        return jnp.sum(at(q, m) * at(k, n))
+
     np.testing.assert_allclose(score(3, 1), score(103, 101), rtol=1e-4)
     assert abs(score(3, 1) - score(4, 1)) > 1e-3
     np.testing.assert_allclose(at(q, 0), q)
