@@ -90,7 +90,7 @@ class Checkpoints:
         self._about = {"configuration": dict(configuration or {}), "code": code_version()}
         self._on_event = on_event
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: str | None = None
         self._settled: int | None = None
         self._saved_at = time.monotonic()
         self._saves = 0
@@ -99,7 +99,7 @@ class Checkpoints:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self.directory)
             for path in self.directory.glob("*.tmp"):
-                _remove(path)
+                manifest.remove(path)
         self._orbax = _orbax()
         self._barrier = ocp.multihost.get_barrier_sync_fn()
 
@@ -138,7 +138,7 @@ class Checkpoints:
         }
         try:
             if self._primary:
-                _remove(folder)
+                manifest.remove(folder)
                 folder.mkdir()
             self._orbax.save(folder / "state", args=ocp.args.PyTreeSave(leaves))
         except Exception as error:
@@ -173,7 +173,7 @@ class Checkpoints:
             if step is not None:
                 raise ValueError(f"step={step} must be a good checkpoint of {self.directory}: {reason}")
             if self._primary:
-                aside = _put_aside(folder)
+                aside = manifest.put_aside(folder)
                 message = f"{folder.name}/{reason}; it is now {aside.name} and the checkpoint before it is used"
                 self._on_event("checkpoint_damaged", message, step=chosen)
             self._agree(chosen)
@@ -190,7 +190,7 @@ class Checkpoints:
         """Return once the save under way is a checkpoint; raises RuntimeError if the last save failed."""
         self._join()
         if self._failure is not None:
-            raise RuntimeError(f"the last checkpoint was not saved: {self._failure}") from self._failure
+            raise RuntimeError(f"the last checkpoint was not saved: {self._failure}")
 
     def close(self) -> None:
         """Finish the save under way and give the directory up."""
@@ -231,7 +231,7 @@ class Checkpoints:
             try:
                 sums = {name: value for part in parts for name, value in json.loads(part.read_text()).items()}
                 manifest.write(folder, sums, **about)
-                _delete(final)
+                manifest.delete(final)
                 os.rename(folder, final)
                 _sync(self.directory)
             except Exception as error:
@@ -250,14 +250,15 @@ class Checkpoints:
             self._prune()
 
     def _fail(self, about: dict[str, Any], error: Exception) -> None:
-        self._failure = error
+        # The words alone: an error's frames would keep the arrays of the state alive.
+        self._failure = str(error)
         step = about["step"]
         # Orbax's would raise the errors of this save in the next one.
         with contextlib.suppress(Exception):
             self._orbax.close()
         self._orbax = _orbax()
         if self._primary:
-            _remove(self.directory / f"{step}.tmp")
+            manifest.remove(self.directory / f"{step}.tmp")
         free = shutil.disk_usage(self.directory).free
         message = f"step {step} was not saved, older checkpoints stand: {error} ({free:,} bytes are free on that disk, "
         self._on_event("checkpoint_failed", message + f"the state has {about['bytes']:,})", step=step)
@@ -265,7 +266,7 @@ class Checkpoints:
     def _prune(self) -> None:
         for step in sorted(steps(self.directory))[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                _delete(self.directory / str(step))
+                manifest.delete(self.directory / str(step))
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint; the processes share the reading and agree on the answer."""
@@ -391,32 +392,6 @@ def _verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
     except DamagedError as error:
         return str(error)
     return None
-
-
-def _put_aside(folder: Path) -> Path:
-    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
-    while os.path.lexists(aside):
-        number += 1
-        aside = folder.with_name(f"{folder.name}.damaged-{number}")
-    os.rename(folder, aside)
-    return aside
-
-
-def _delete(folder: Path) -> None:
-    """Delete a checkpoint, manifest first: half a delete is no checkpoint."""
-    if folder.is_dir():
-        (folder / manifest.NAME).unlink(missing_ok=True)
-        going = folder.with_name(f"{folder.name}.deleted.tmp")
-        _remove(going)
-        os.rename(folder, going)
-        _remove(going)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _lock(directory: Path) -> int:

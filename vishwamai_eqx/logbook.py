@@ -193,8 +193,8 @@ class Logbook:
     ) -> None:
         """Log the step that made `state.step` `step`; further numbers go to the column `more`, `more['mfu']` in SQL.
 
-        `tokens` are those that the step learned from, `learning_rate` is the one it used, and `batch_hash` is written as
-        the string it makes of itself.
+        `tokens` are those that the step learned from, `learning_rate` is the one it used, and `batch_hash` is
+        written as the string it makes of itself.
         """
         self._row(
             "steps",

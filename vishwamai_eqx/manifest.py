@@ -7,14 +7,16 @@ which would defend no better, since who can change a file can change the manifes
 
 import json
 import os
+import shutil
 import stat
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 NAME = "manifest.json"
+Result = TypeVar("Result")
 _CHUNK = 1 << 22
 
 
@@ -33,11 +35,9 @@ def checksum(path: Path) -> dict[str, Any]:
     return {"bytes": size, "crc32": f"{crc:08x}"}
 
 
-def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Checksums of files of a folder, by name; in threads, for zlib and reads let go of the interpreter."""
-    names = list(names)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip(names, pool.map(lambda name: checksum(folder / name), names), strict=True))
+def checksums(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Checksums of files of a folder, by name."""
+    return dict(zip(names, _parallel(lambda name: checksum(folder / name), names), strict=True))
 
 
 def files(folder: Path) -> list[str]:
@@ -77,6 +77,7 @@ def write(folder: Path, sums: Mapping[str, Mapping[str, Any]], **about: Any) -> 
 
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a folder, checked against its own checksum; raises DamagedError."""
+    body: dict[str, Any] = {}
     try:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             raise DamagedError(f"{folder.name} is not a folder")
@@ -103,17 +104,56 @@ def verify(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, parts: i
         raise DamagedError(f"{name} is missing")
     for name in sorted(set(found) - listed.keys()):
         raise DamagedError(f"{name} is not in the manifest")
-    mine = found[part::parts]
-    try:
-        for name in mine:
-            if (size := (folder / name).stat().st_size) != listed[name]["bytes"]:
-                raise DamagedError(f"{name} has {size} bytes and should have {listed[name]['bytes']}")
-        for name, sums in checksums(folder, mine).items():
-            if sums != listed[name]:
-                raise DamagedError(f"{name} has checksum {sums['crc32']} and should have {listed[name]['crc32']}")
-    except OSError as error:
-        # Gone since it was listed, or a disk that cannot read it.
-        raise DamagedError(f"{name} cannot be read: {error.strerror}") from error
+
+    def wrong(name: str) -> str | None:
+        should = listed[name]
+        try:
+            if (size := (folder / name).stat().st_size) != should["bytes"]:
+                return f"{name} has {size} bytes and should have {should['bytes']}"
+            if (sums := checksum(folder / name)) != should:
+                return f"{name} has checksum {sums['crc32']} and should have {should['crc32']}"
+        except OSError as error:
+            # Gone since it was listed, or a disk that cannot read it.
+            return f"{name} cannot be read: {error.strerror}"
+        return None
+
+    for reason in _parallel(wrong, found[part::parts]):
+        if reason is not None:
+            raise DamagedError(reason)
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename a damaged folder to a name that means nothing; returns the new path."""
+    aside, number = folder.with_name(f"{folder.name}.damaged"), 1
+    while os.path.lexists(aside):
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    os.rename(folder, aside)
+    return aside
+
+
+def delete(folder: Path) -> None:
+    """Delete a folder, if it is there, manifest first: half a delete is no checkpoint."""
+    if folder.is_dir():
+        (folder / NAME).unlink(missing_ok=True)
+        going = folder.with_name(f"{folder.name}.deleted.tmp")
+        remove(going)
+        os.rename(folder, going)
+        remove(going)
+
+
+def remove(path: Path) -> None:
+    """Remove what a path names, a folder or not, if it is there and as far as it can be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _parallel(function: Callable[[str], Result], names: list[str]) -> list[Result]:
+    # zlib and reads let go of the interpreter.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, names))
 
 
 def _well_formed(body: dict[str, Any]) -> bool:

@@ -113,8 +113,8 @@ def test_a_delete_takes_the_manifest_first(victims, monkeypatch):
     """Where a rename is not one step, as on object stores, what is left is no checkpoint all the same."""
     victim = victims()
     monkeypatch.setattr(os, "rename", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "_remove", lambda _: None)
-    checkpoint._delete(victim.directory / "2")
+    monkeypatch.setattr(manifest, "remove", lambda _: None)
+    manifest.delete(victim.directory / "2")
     monkeypatch.undo()
     check(victim, "2/manifest.json is missing")
 

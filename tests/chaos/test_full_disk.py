@@ -54,6 +54,6 @@ def test_the_run_goes_on_and_says_so(tmp_path):
         subprocess.run([*alone, "mount", "-t", "tmpfs", "none", tmp_path], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no mount name space here")
-    run = subprocess.run([*alone, sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, timeout=120)
+    run = subprocess.run([*alone, sys.executable, "-c", PROGRAM, tmp_path], capture_output=True, text=True, timeout=400)
     assert run.returncode == 0, run.stderr
     assert "was not saved" in run.stdout and "No space left on device" in run.stdout
