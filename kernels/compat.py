@@ -1,14 +1,13 @@
 """What the kernels need of JAX itself: accumulation types and manual mesh axes."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-T = TypeVar("T")
 Dimensions = tuple[Sequence[int], Sequence[int]]
 
 
@@ -24,7 +23,7 @@ def narrow_dot(a: jax.Array, b: jax.Array, contract: Dimensions, batch: Dimensio
     return lax.dot_general(a, b, (contract, batch), preferred_element_type=wide).astype(a.dtype)
 
 
-def vary_alike(tree: T) -> T:
+def vary_alike(tree: Any) -> Any:
     """Make every array of a pytree vary over the union of the manual mesh axes that any of them varies over.
 
     A `custom_vjp` must return cotangents with the types of its inputs. With equal inputs that holds by itself, and the

@@ -14,12 +14,11 @@ VOCAB = 96
 def small(*, optim: dict[str, Any] | None = None, **model: Any) -> Config:
     """Preset tiny made small: every part is still on."""
     tiny = PRESETS["tiny"]
-    shape = dict(
-        vocab_size=VOCAB, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=24, max_seq_len=16
-    )
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    shape |= {"ffn_dim": 24, "max_seq_len": 16, "scan_unroll": 1}
     return dataclasses.replace(
         tiny,
-        model=dataclasses.replace(tiny.model, **{**shape, "scan_unroll": 1, **model}),
+        model=dataclasses.replace(tiny.model, **{**shape, **model}),
         optim=dataclasses.replace(tiny.optim, **{"batch_size": 16, "steps": 40, "warmup_steps": 2, **(optim or {})}),
     )
 

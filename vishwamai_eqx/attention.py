@@ -13,7 +13,6 @@ import kernels
 from vishwamai_eqx.config import AttentionPattern
 from vishwamai_eqx.layers import TPUGEMMLinear, rotate
 
-
 Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 """Cosines and sines of the rotary positions, the same for all layers."""
 
@@ -132,6 +131,7 @@ class TPUMultiHeadAttention(eqx.Module):
         if key is not None and self.dropout_rate > 0:
             options |= {"dropout_rate": self.dropout_rate, "dropout_key": key, "dropout_offset": (first_row, 0)}
         y = kernels.flash_attention(q, k, v, implementation=self.implementation, **options)
+        assert isinstance(y, Array)  # alone, without the log-sum-exp
         return self.out(y.reshape(*x.shape[:2], -1)), cache
 
     def pattern_options(self, length: int, positions: Int[Array, "batch seq"] | None = None) -> dict[str, Any]:

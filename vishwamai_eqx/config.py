@@ -308,7 +308,7 @@ def parse_mesh(spec: str, devices: int) -> dict[str, int]:
     """The size of each mesh axis that `data=8` or `auto` asks for; ValueError if the devices do not suffice."""
     if spec == "auto":
         return {"data": devices}
-    sizes = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in spec.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:

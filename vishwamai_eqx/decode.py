@@ -59,7 +59,7 @@ def stream(
     *,
     max_new_tokens: int,
     eos_id: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling = Sampling(),
     seed: int = 0,
     max_length: int | None = None,
 ) -> Iterator[list[list[int]]]:
@@ -125,7 +125,7 @@ def bucket(length: int) -> int:
 def prefill(
     model: VishwamAI, tokens: Int[Array, "batch seq"], lengths: Int[Array, "batch"], *, length: int
 ) -> tuple[KVCache, Float[Array, "batch vocab"]]:
-    """Read prompts, padded behind, into a new cache of `length` slots; with the logits after each prompt's last token."""
+    """Prompts, padded behind, read into a new cache of `length` slots; and the logits after each one's last token."""
     segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
     hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=model.new_cache(tokens.shape[0], length))
     assert cache is not None
@@ -136,7 +136,7 @@ def prefill(
 def decode(model: VishwamAI, rows: Rows, eos_id: Int[Array, ""]) -> tuple[Int[Array, "batch stride"], Rows]:
     """Draw and read `STRIDE` tokens a row; a row that is done draws on, unread."""
 
-    def step(rows: Rows, _: None) -> tuple[Rows, Int[Array, "batch"]]:
+    def step(rows: Rows, _xs: None) -> tuple[Rows, Int[Array, "batch"]]:
         tokens = draw(rows)
         hidden, cache, _ = model(tokens[:, None], cache=rows.cache)
         done = rows.done | (tokens == eos_id)

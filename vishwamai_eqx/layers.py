@@ -30,12 +30,12 @@ class TPUGEMMLinear(eqx.Module):
     whose gradient XLA's CPU library computes at full speed.
     """
 
-    weight: Float[Array, "narrow wide"] = parameter(decay=True)
-    bias: Float[Array, "features"] | None = parameter(decay=False)
     in_features: int = eqx.field(static=True)
     features: int = eqx.field(static=True)
     use_fp8: bool = eqx.field(static=True)
     block_size: int = eqx.field(static=True)
+    weight: Float[Array, "narrow wide"] = parameter(decay=True)
+    bias: Float[Array, "features"] | None = parameter(decay=False)
 
     def __init__(
         self,
@@ -61,10 +61,10 @@ class TPUGEMMLinear(eqx.Module):
 class TPULayerNorm(eqx.Module):
     """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, computed in f32 (1607.06450)."""
 
-    scale: Float[Array, "dim"] | None = parameter(decay=False, cast=False)
-    bias: Float[Array, "dim"] | None = parameter(decay=False, cast=False)
     dim: int = eqx.field(static=True)
     epsilon: float = eqx.field(static=True)
+    scale: Float[Array, "dim"] | None = parameter(decay=False, cast=False)
+    bias: Float[Array, "dim"] | None = parameter(decay=False, cast=False)
 
     def __init__(self, dim: int, epsilon: float = 1e-6, use_bias: bool = True, use_scale: bool = True):
         self.scale = jnp.ones(dim) if use_scale else None

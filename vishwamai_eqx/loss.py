@@ -62,7 +62,9 @@ def chunk_loss(
     weight: Float[Array, "vocab d_model"],
     targets: Int[Array, "rows seq"],
     mask: Float[Array, "rows seq"],
-) -> tuple[Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"], Float[Array, "rows seq d_model"]]:
+) -> tuple[
+    Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"], Float[Array, "rows seq d_model"]
+]:
     """A chunk's loss; exp(logits - largest), in the type of `hidden`, and one over its sums; the targets' rows."""
     logits = dot(hidden, weight, (2,), (1,))
     largest = logits.max(axis=-1)

@@ -12,7 +12,7 @@ import kernels
 from vishwamai_eqx.layers import Activation, gated, wide
 from vishwamai_eqx.parameters import normal, parameter
 
-# Each expert's rows begin at a multiple of this: whole blocks for the grouped matrix product, which then copies nothing.
+# Each expert's rows begin at a multiple of this: whole blocks for the grouped product, which then copies nothing.
 ROW_ALIGNMENT = 256
 
 
@@ -30,9 +30,9 @@ class RouterMetrics(eqx.Module):
 class Router(eqx.Module):
     """Softmax over the experts in f32, and the best `choices` of them with weights that sum to one (2401.04088)."""
 
+    experts_per_token: int = eqx.field(static=True)
     # Small numbers decide here between experts, so it stays f32 and outside weight decay.
     weight: Float[Array, "d_model experts"] = parameter(decay=False, cast=False)
-    experts_per_token: int = eqx.field(static=True)
 
     def __init__(self, hidden_size: int, num_experts: int, experts_per_token: int, *, key: PRNGKeyArray):
         # A tenth of the fan-in deviation: at first every expert gets its share, whatever the token.
@@ -42,7 +42,7 @@ class Router(eqx.Module):
     def __call__(
         self, x: Float[Array, "batch seq d_model"], real: Float[Array, "batch seq"]
     ) -> tuple[Int[Array, "batch seq choices"], Float[Array, "batch seq choices"], RouterMetrics]:
-        """Each token's experts, their weights, and the metrics over the tokens that are `real` (1) and not padding (0)."""
+        """Each token's experts, their weights, and the metrics over tokens that are `real` (1) and not padding (0)."""
         x = x.astype(wide(x.dtype))
         logits = jnp.einsum("bsd,de->bse", x, self.weight.astype(x.dtype), precision="highest")
         experts = logits.shape[-1]
@@ -82,10 +82,10 @@ class MoE(eqx.Module):
     """sum over a token's experts e of weight_e * down_e(activation(gate_e(x)) * up_e(x)) (1701.06538, 2101.03961)."""
 
     router: Router
+    activation: Activation = eqx.field(static=True)
     gate: Float[Array, "experts d_model d_ff"] = parameter(decay=True)
     up: Float[Array, "experts d_model d_ff"] = parameter(decay=True)
     down: Float[Array, "experts d_model d_ff"] = parameter(decay=True)
-    activation: Activation = eqx.field(static=True)
 
     def __init__(
         self,

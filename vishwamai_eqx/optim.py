@@ -5,8 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
 
 from vishwamai_eqx.config import OptimConfig
 from vishwamai_eqx.parameters import declarations

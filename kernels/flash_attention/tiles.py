@@ -5,8 +5,6 @@ and a NumPy block mask it is a constant; with a traced block mask, `q_offset` or
 loop over keys is as long as it says. The backward pass computes the scores again from the saved log-sum-exp.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +19,7 @@ QUERIES = 256
 KEYS = 512
 
 
-def attend(q, k, v, operands: Operands, settings: Settings):
+def attend(q, k, v, operands: Operands, settings: Settings) -> tuple[jax.Array, jax.Array]:
     """q [batch, kv_heads, group, q_len, head_dim], k and v [batch, kv_heads, kv_len, head_dim] -> (out, lse)."""
     q_len, kv_len = q.shape[3], k.shape[2]
     q_pad, kv_pad = -q_len % QUERIES, -kv_len % KEYS
@@ -43,8 +41,7 @@ def attend(q, k, v, operands: Operands, settings: Settings):
     return _join(out, 3)[:, :, :, :q_len], _join(lse, 3)[:, :, :, :q_len]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, operands, settings):
+def _tiled(q, k, v, operands, settings) -> tuple[jax.Array, jax.Array]:
     """The tiles of q [tiles, batch, kv_heads, group, QUERIES, head_dim] over those of k and v."""
     wide = accumulator(q.dtype)
 
@@ -74,8 +71,11 @@ def _attend(q, k, v, operands, settings):
     return lax.scan(row, None, _rows(q, k, operands, settings))[1]
 
 
+_attend = jax.custom_vjp(_tiled, nondiff_argnums=(4,))
+
+
 def _forward(q, k, v, operands, settings):
-    out, lse = _attend(q, k, v, operands, settings)
+    out, lse = _tiled(q, k, v, operands, settings)
     return (out, lse), (q, k, v, operands, out, lse)
 
 

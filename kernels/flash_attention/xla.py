@@ -4,8 +4,6 @@ Short sequences (`_short`): each block of queries meets all the keys it may see 
 for the backward pass. Long ones (`tiles.attend`): an online softmax over tiles, of which only the statistics are kept.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,10 +39,12 @@ def flash_attention(
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), lse.reshape(batch, heads, q_len)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _short(q, k, v, operands, settings):
+def _unrolled(q, k, v, operands, settings) -> tuple[jax.Array, jax.Array]:
     """q [batch, kv_heads, group, q_len, head_dim], k and v [batch, kv_heads, kv_len, head_dim]."""
     return _forward(q, k, v, operands, settings)[0]
+
+
+_short = jax.custom_vjp(_unrolled, nondiff_argnums=(4,))
 
 
 def _forward(q, k, v, operands, settings):

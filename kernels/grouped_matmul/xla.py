@@ -4,8 +4,6 @@
 group, whatever the sizes, with static shapes and no branch.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -42,15 +40,17 @@ def grouped_matmul(
     return out.at[position].get(mode="fill", fill_value=0, unique_indices=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _aligned(lhs, rhs, group_sizes, transposed):
+def _value(lhs, rhs, group_sizes, transposed) -> jax.Array:
     rows, k = lhs.shape
     weights = _weights(rhs, lhs.dtype, _group_of_block(rows, group_sizes))
     return narrow_dot(lhs.reshape(-1, BLOCK, k), weights, ((2,), (2 if transposed else 1,)), _BATCH).reshape(rows, -1)
 
 
+_aligned = jax.custom_vjp(_value, nondiff_argnums=(3,))
+
+
 def _forward(lhs, rhs, group_sizes, transposed):
-    return _aligned(lhs, rhs, group_sizes, transposed), (lhs, rhs, group_sizes)
+    return _value(lhs, rhs, group_sizes, transposed), (lhs, rhs, group_sizes)
 
 
 def _backward(transposed, saved, g):

@@ -156,7 +156,8 @@ def zipf(experts: int) -> np.ndarray:
 def trained_load(run_dir: Path) -> np.ndarray:
     """The shares of the most uneven layer at the last step of a run."""
     rows = logbook.connect(run_dir).sql(
-        "SELECT layer, list(load ORDER BY expert) FROM experts WHERE step = (SELECT max(step) FROM experts) GROUP BY layer"
+        "SELECT layer, list(load ORDER BY expert) FROM experts "
+        "WHERE step = (SELECT max(step) FROM experts) GROUP BY layer"
     )
     return max((np.array(load) for _, load in rows.fetchall()), key=np.max)
 

@@ -207,7 +207,7 @@ def test_signatures_of_the_contract(owner):
         found.append(f"{name}{default}")
     if "..." in expected:
         gap = expected.index("...")
-        found = found[:gap] + ["..."] + found[len(found) - (len(expected) - gap - 1) :]
+        found[gap : len(found) - (len(expected) - gap - 1)] = ["..."]
     assert found == expected
 
 
