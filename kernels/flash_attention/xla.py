@@ -35,7 +35,8 @@ def flash_attention(
     grouped = q.reshape(batch, q_len, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)
     keys, values = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     attend = _short if q_len * kv_len <= SHORT else tiles.attend
-    out, lse = attend(*vary_alike((grouped, keys, values, operands)), settings)
+    grouped, keys, values, operands = vary_alike((grouped, keys, values, operands))
+    out, lse = attend(grouped, keys, values, operands, settings)
     return out.transpose(0, 3, 1, 2, 4).reshape(q.shape), lse.reshape(batch, heads, q_len)
 
 
