@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
 
 import train
 from tests.small import random_batch, small
@@ -30,8 +31,9 @@ def run(config: Config, devices: int, steps: int, dtype: str) -> tuple[list[trai
     step = train.make_step(config, mesh, specs, transform)
     metrics = []
     for n in range(steps):
-        batch = train.put(random_batch(config.optim.batch_size, 16, n), mesh, config.optim.microbatches)
-        current, more = step(current, batch)
+        batch = random_batch(config.optim.batch_size, 16, n)
+        parts = jax.tree.map(lambda rows: rows.reshape(config.optim.microbatches, -1, rows.shape[-1]), batch)
+        current, more = step(current, jax.device_put(parts, NamedSharding(mesh, train.MICROBATCHES)))
         metrics.append(jax.device_get(more))
     return metrics, jax.device_get(current)
 
