@@ -173,7 +173,7 @@ PRESETS: dict[str, Config] = {
             scan_unroll=4,
         ),
         optim=OptimConfig(
-            steps=550,
+            steps=340,
             batch_size=16,
             learning_rate=4e-3,
             final_learning_rate_share=0.05,
