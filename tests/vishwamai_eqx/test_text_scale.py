@@ -1,4 +1,4 @@
-"""Text at a size where memory would show: what is held does not grow with the corpus."""
+"""The text pipeline at a size where starting cold takes a while."""
 
 import importlib.util
 from pathlib import Path
