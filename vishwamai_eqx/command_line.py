@@ -36,7 +36,8 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
     saved = read_config(run_dir)
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
     base = dataclasses.replace(base, dry_run=False, json=False)
-    config = dataclasses.replace(parse_settings(Config, argv, base, description), run_dir=run_dir)
+    config = tyro.cli(Config, default=base, args=list(argv), description=description)
+    config = dataclasses.replace(config, run_dir=run_dir)
     if saved is not None and (differences := list(_differences(to_dict(saved), to_dict(config)))):
         raise ValueError("\n".join(f"{run_dir} is a run of another configuration: {line}" for line in differences))
     return config

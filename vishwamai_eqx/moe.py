@@ -12,9 +12,6 @@ import kernels
 from vishwamai_eqx.layers import Activation, gated, wide
 from vishwamai_eqx.parameters import normal, parameter
 
-# Each expert's rows begin at a multiple of this: whole blocks for the grouped product, which then copies nothing.
-ROW_ALIGNMENT = 256
-
 
 class RouterMetrics(eqx.Module):
     """Sums over rows, to be divided by the row count of the whole step: so neither microbatches nor meshes matter."""
@@ -113,12 +110,10 @@ class MoE(eqx.Module):
             index, weights, metrics = self.router(x, real)
         with jax.named_scope("dispatch"):
             flat = (batch * seq, -1)
-            rows, plan = kernels.moe_dispatch(
-                x.reshape(flat), index.reshape(flat), self.gate.shape[0], row_alignment=ROW_ALIGNMENT
-            )
+            rows, plan = kernels.moe_dispatch(x.reshape(flat), index.reshape(flat), self.gate.shape[0])
         with jax.named_scope("experts"):
             grouped = functools.partial(
-                kernels.grouped_matmul, group_sizes=plan.group_sizes, row_alignment=ROW_ALIGNMENT
+                kernels.grouped_matmul, group_sizes=plan.group_sizes, row_alignment=plan.row_alignment
             )
             inner = gated(self.activation, grouped(rows, self.gate), grouped(rows, self.up))
             rows = grouped(inner, self.down, transposed=True)
