@@ -14,10 +14,13 @@ Axis names, the same everywhere. Inside `shard_map` a name is the size on one de
 from vishwamai_eqx import environment as environment  # isort: skip
 
 import importlib.util
+from pathlib import Path
 
 from vishwamai_eqx.version import __version__ as __version__
 
-if importlib.util.find_spec("kernels.flash_attention") is None:
+# By its folder: asked for `kernels.flash_attention`, an editable install's finder answers whatever `kernels` is.
+_spec = importlib.util.find_spec("kernels")
+if not _spec or not any(Path(place, "flash_attention").is_dir() for place in _spec.submodule_search_locations or ()):
     raise ImportError(
         "`kernels` is another distribution's package of that name, not VishwamAI's: uninstall it "
         "(`pip uninstall kernels`) and install vishwamai-eqx again, or use an environment of its own."
