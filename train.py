@@ -8,10 +8,10 @@ The same script runs on one CPU core and on a mesh of TPU chips: one device is t
 """
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import vishwamai_eqx  # noqa: F401  isort: skip  (before jax, whose platform it chooses)
@@ -140,10 +140,9 @@ def token_loss(model: VishwamAI, specs: VishwamAI, hidden: Array, batch: Batch) 
         return jax.lax.psum(cross_entropy(hidden, head.weight, batch.targets, real), "data")
 
 
-def read_text(config: Config) -> data.Dataset:
-    """The run's tokenizer, trained at the first start, and the packed rows of its text."""
+def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
+    """The run's tokenizer, trained at the first start."""
     assert config.run_dir is not None
-    corpus = data.load_documents(config.data, config.seed)
     folder = config.run_dir / "tokenizer"
     if (folder / "tokenizer.model").exists():
         tokenizer = VishwamAITokenizer(folder)
@@ -157,23 +156,30 @@ def read_text(config: Config) -> data.Dataset:
             f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
             f"{config.tokenizer or folder}; take --model.vocab-size {tokenizer.vocab_size}."
         )
-    length, rows = config.model.max_seq_len, config.optim.batch_size
-    return data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+    return tokenizer
 
 
 def train(config: Config, console: Console) -> int:
     """Run to the last step, or to a signal; the exit code."""
     assert config.run_dir is not None
-    dataset = read_text(config)
+    corpus = data.load_documents(config.data, config.seed)
+    tokenizer = read_tokenizer(config, corpus)
     command_line.write_config(config)
 
     sizes = parse_mesh(config.mesh, jax.device_count())
     mesh, transform, dtype = make_mesh(sizes), optim.optimizer(config.optim), compute_dtype(config.precision)
     abstract = state.abstract_state(config.model, dtype, transform)
     specs = state.placement(abstract, sizes, transform)
-    step, evaluate = make_step(config, mesh, specs, transform), make_evaluate(mesh, specs.model)
-    steps, microbatches = config.optim.steps, config.optim.microbatches
-    rows_at_once = mesh.size * math.ceil(config.optim.batch_size / microbatches / mesh.size)
+    shardings = state.shardings(mesh, specs)
+    abstract = jax.tree.map(placed, abstract, shardings)
+    steps, microbatches, length = config.optim.steps, config.optim.microbatches, config.model.max_seq_len
+    rows = config.optim.batch_size // microbatches
+    held_out, fed = NamedSharding(mesh, ROWS), NamedSharding(mesh, MICROBATCHES)
+    # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
+    lowered = make_step(config, mesh, specs, transform).lower(abstract, abstract_batch(fed, microbatches, rows, length))
+    compiling = ThreadPoolExecutor(1).submit(lowered.compile)
+    dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=config.optim.batch_size, seed=config.seed)
+    evaluate = make_evaluate(mesh, specs.model)
     kind = jax.devices()[0].device_kind
     total, active = flops.parameters(config.model)
     console.print(
@@ -196,8 +202,8 @@ def train(config: Config, console: Console) -> int:
         progress(console) as bar,
     ):
 
-        def look(step: int, model: VishwamAI, rows: int | None) -> evaluation.HeldOut:
-            result = evaluation.held_out(evaluate, model, dataset, NamedSharding(mesh, ROWS), rows_at_once, rows)
+        def look(step: int, model: VishwamAI, limit: int | None) -> evaluation.HeldOut:
+            result = evaluation.held_out(evaluate, model, dataset, held_out, rows, limit)
             log.eval(step=step, **result._asdict())
             bar.console.print(
                 f"step {step}: held-out loss {result.loss:.3f}, bits per byte {result.bits_per_byte:.3f}",
@@ -205,22 +211,23 @@ def train(config: Config, console: Console) -> int:
             )
             return result
 
-        def write(step: int, model: VishwamAI, tokens: int, samples: int) -> list[str]:
-            tokens = min(tokens, config.model.max_seq_len - 1)
-            texts = evaluation.write(model, dataset.tokenizer, tokens=tokens, seed=step, samples=samples)
+        def write(step: int, model: VishwamAI) -> list[str]:
+            # As many during the run as at its end, so that one program writes both.
+            tokens = min(config.eval.sample_tokens, length - 1)
+            texts = evaluation.write(model, tokenizer, tokens=tokens, seed=step, samples=config.eval.samples)
             for text in texts:
                 log.sample(step, text)
             return texts
 
-        shardings = state.shardings(mesh, specs)
-        restored = checkpoints.restore(jax.tree.map(placed, abstract, shardings))
-        current = restored or state.initialise(config.model, dtype, transform, config.seed, shardings)
-        first = int(current.step)
+        current = checkpoints.restore(abstract) or state.initialise(
+            config.model, dtype, transform, config.seed, shardings
+        )
+        step, first = compiling.result(), int(current.step)
         log.resume(first)
         log.event("start", f"from step {first} on {mesh.size} {kind}, {sizes}", step=first)
 
-        feed = Feed(dataset, range(first, steps), NamedSharding(mesh, MICROBATCHES), microbatches=microbatches)
-        task = bar.add_task("", total=steps, completed=first, note="compiling")
+        feed = Feed(dataset, range(first, steps), fed, microbatches=microbatches)
+        task = bar.add_task("", total=steps, completed=first, note="")
         speed = Speed(config, kind, mesh.size)
         for n, batch in enumerate(feed, first + 1):
             current, metrics = step(current, batch)
@@ -231,8 +238,7 @@ def train(config: Config, console: Console) -> int:
             if n % config.eval.every == 0 and n < steps:
                 look(n, current.model, config.eval.rows)
             if n % config.eval.sample_every == 0 and n < steps:
-                (text,) = write(n, current.model, config.eval.sample_tokens, 1)
-                bar.console.print(text, style="dim", markup=False, highlight=False)
+                bar.console.print(write(n, current.model)[0], style="dim", markup=False, highlight=False)
             if checkpoints.due(n) or signals.received or n == steps:
                 checkpoints.save(n, current)
             if signals.received:
@@ -241,9 +247,10 @@ def train(config: Config, console: Console) -> int:
                 console.print(f"{signals.received.name}: step {n} is saved; the same command goes on from there")
                 return signals.exit_code
         result = look(steps, current.model, None)
-        texts = write(steps, current.model, 128, 32)
+        texts = write(steps, current.model)
 
-    print(f"complete lines of 32 samples that tokenize accepts as Python: {evaluation.python_lines(texts):.1%}")
+    lines = evaluation.python_lines(texts)
+    print(f"complete lines of {len(texts)} samples that tokenize accepts as Python: {lines:.1%}")
     print(f"gzip -9 bits per byte of the same text: {data.gzip_bits_per_byte(dataset.held_out_text()):.4f}")
     print(f"held-out bits per byte: {result.bits_per_byte:.4f}")
     print(f"sample: {texts[0]}")
@@ -274,6 +281,11 @@ class Speed:
             row["mfu"] = rate * self.flops / self.peak
             self.note += f" · MFU {row['mfu']:.1%}"
         return row
+
+
+def abstract_batch(sharding: NamedSharding, *shape: int) -> Batch:
+    """A batch's shapes, types and placement."""
+    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for _ in Batch._fields))
 
 
 def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -19,8 +19,10 @@ from pathlib import Path
 from vishwamai_eqx.version import __version__ as __version__
 
 # By its folder: asked for `kernels.flash_attention`, an editable install's finder answers whatever `kernels` is.
-_spec = importlib.util.find_spec("kernels")
-if not _spec or not any(Path(place, "flash_attention").is_dir() for place in _spec.submodule_search_locations or ()):
+if not any(
+    Path(folder, "flash_attention").is_dir()
+    for folder in getattr(importlib.util.find_spec("kernels"), "submodule_search_locations", None) or ()
+):
     raise ImportError(
         "`kernels` is another distribution's package of that name, not VishwamAI's: uninstall it "
         "(`pip uninstall kernels`) and install vishwamai-eqx again, or use an environment of its own."

@@ -127,8 +127,10 @@ class EvalConfig:
     rows: int = 256
     """Held-out rows of an evaluation during the run; the last one reads them all."""
     sample_every: int = 1000
-    sample_tokens: int = 64
-    """Tokens of a sample during the run."""
+    sample_tokens: int = 128
+    """Tokens of a sample of the model's own text."""
+    samples: int = 32
+    """Samples that are written at a time, during the run and at its end."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from vishwamai_eqx.attention import KVCache
 from vishwamai_eqx.model import VishwamAI
@@ -84,18 +84,9 @@ def stream(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     # The loop may run over by a stride, and the padding of the prompt is written too.
     length = bucket(max(tokens.shape[1], longest + max_new_tokens + STRIDE))
-    cache, logits = prefill(model, jnp.asarray(tokens), jnp.asarray(lengths), length=length)
-    batch = len(prompts)
-    rows = Rows(
-        cache,
-        logits,
-        jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(batch)),
-        jnp.zeros(batch, bool),
-        jnp.full(batch, sampling.temperature, jnp.float32),
-        jnp.full(batch, sampling.top_k, jnp.int32),
-        jnp.full(batch, sampling.top_p, jnp.float32),
-    )
-    made, done = 0, np.zeros(batch, bool)
+    settings = np.uint32(seed % 2**32), np.float32(sampling.temperature), np.int32(sampling.top_k)
+    rows = prefill(model, tokens, lengths, *settings, np.float32(sampling.top_p), length=length)
+    made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         new, rows = decode(model, rows, jnp.asarray(eos_id, jnp.int32))
         pieces = []
@@ -123,13 +114,30 @@ def bucket(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="length")
 def prefill(
-    model: VishwamAI, tokens: Int[Array, "batch seq"], lengths: Int[Array, "batch"], *, length: int
-) -> tuple[KVCache, Float[Array, "batch vocab"]]:
-    """Prompts, padded behind, read into a new cache of `length` slots; and the logits after each one's last token."""
+    model: VishwamAI,
+    tokens: Int[Array, "batch seq"],
+    lengths: Int[Array, "batch"],
+    seed: UInt32[Array, ""],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    *,
+    length: int,
+) -> Rows:
+    """Prompts, padded behind, read into a new cache of `length` slots, with the logits after each one's last token."""
+    batch = tokens.shape[0]
     segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=model.new_cache(tokens.shape[0], length))
+    hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=model.new_cache(batch, length))
     assert cache is not None
-    return cache, model.head(hidden[jnp.arange(tokens.shape[0]), lengths - 1])
+    return Rows(
+        cache,
+        model.head(hidden[jnp.arange(batch), lengths - 1]),
+        jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch)),
+        jnp.zeros(batch, bool),
+        jnp.full(batch, temperature),
+        jnp.full(batch, top_k),
+        jnp.full(batch, top_p),
+    )
 
 
 @functools.partial(jax.jit, donate_argnums=1)

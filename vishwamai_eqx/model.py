@@ -174,7 +174,9 @@ class VishwamAI(eqx.Module):
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         xs = (self.blocks, jnp.arange(layers))
-        (x, cache), metrics = jax.lax.scan(layer, (x, cache), xs, unroll=min(self.scan_unroll, layers))
+        # With a cache each layer is little work, and unrolling them buys compile time only.
+        unroll = min(self.scan_unroll, layers) if cache is None else 1
+        (x, cache), metrics = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)
         if cache is not None:
             cache = KVCache(cache.keys, cache.values, cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32))
         hidden = gather(self.norm, placement and placement.norm, dtype)(x)

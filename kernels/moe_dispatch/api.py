@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.choice import choose
 from kernels.moe_dispatch import reference, xla
-from kernels.moe_dispatch.plan import DispatchPlan, plan
+from kernels.moe_dispatch.plan import DispatchPlan, default_alignment, plan
 
 _IMPLEMENTATIONS = {"reference": reference, "xla": xla}
 
@@ -15,7 +15,7 @@ def moe_dispatch(
     expert_index: Int[Array, "tokens choices"],
     num_experts: int,
     *,
-    row_alignment: int = 256,
+    row_alignment: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "padded_rows d_model"], DispatchPlan]:
     """Copy tokens to rows sorted by expert: no capacity, no dropped token.
@@ -23,12 +23,15 @@ def moe_dispatch(
     rows[position[t, c]] = x[t]; every other row is zero.
 
     An expert's group begins at a multiple of `row_alignment`, so padded_rows is static: at most row_alignment - 1 rows
-    an expert more than tokens * choices. 256 is what `grouped_matmul` takes without a copy; pass the same value there.
+    an expert more than tokens * choices. By default it follows the rows an expert gets, from 8 to 256; the plan holds
+    it, and `grouped_matmul` takes it from there.
     Entries of expert_index lie in [0, num_experts); a token may name one expert twice.
 
     **Raises** ValueError where num_experts or row_alignment is below 1, or the implementation is unknown.
     """
     _positive("num_experts", num_experts)
+    if row_alignment is None:
+        row_alignment = default_alignment(expert_index.size, num_experts)
     _positive("row_alignment", row_alignment)
     name = choose("moe_dispatch", implementation, _IMPLEMENTATIONS, "xla")
     with jax.named_scope("moe_dispatch"):

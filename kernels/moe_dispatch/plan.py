@@ -42,9 +42,15 @@ def _unflatten(row_alignment, leaves) -> DispatchPlan:
 jax.tree_util.register_pytree_node(DispatchPlan, _flatten, _unflatten)
 
 
+def default_alignment(rows: int, num_experts: int) -> int:
+    """A power of two from 8 to 256, about a quarter of an expert's even share: then an eighth of rows is padding."""
+    share = max(1, rows // (4 * num_experts))
+    return min(256, max(8, 1 << (share.bit_length() - 1)))
+
+
 def padded_rows(rows: int, num_experts: int, row_alignment: int) -> int:
-    """The rows that suffice whatever the load: each expert wastes at most row_alignment - 1 of them."""
-    most = rows + num_experts * (row_alignment - 1)
+    """The rows that suffice whatever the load: each expert that has one wastes at most row_alignment - 1 of them."""
+    most = rows + min(rows, num_experts) * (row_alignment - 1)
     return most // row_alignment * row_alignment
 
 
