@@ -13,10 +13,16 @@ Axis names, the same everywhere. Inside `shard_map` a name is the size on one de
 # Before jax is imported.
 from vishwamai_eqx import environment as environment  # isort: skip
 
+import importlib
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vishwamai_eqx.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from vishwamai_eqx.model import VishwamAI as VishwamAI
+    from vishwamai_eqx.run import load as load
 
 # By its folder: asked for `kernels.flash_attention`, an editable install's finder answers whatever `kernels` is.
 if not any(
@@ -28,5 +34,11 @@ if not any(
         "(`pip uninstall kernels`) and install vishwamai-eqx again, or use an environment of its own."
     )
 
-from vishwamai_eqx.model import VishwamAI as VishwamAI
-from vishwamai_eqx.run import load as load
+_HOMES = {"VishwamAI": "vishwamai_eqx.model", "load": "vishwamai_eqx.run"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: a module of this package that is run as a command must not have been imported before.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

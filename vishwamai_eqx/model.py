@@ -120,7 +120,7 @@ class VishwamAI(eqx.Module):
                 else GatedMLP(hidden_size, ffn_dim, residual_gain=residual_gain, key=experts_key),
             )
 
-        # Small beside what the branches add: with a tied head a larger embedding predicts the token that was just read.
+        # So small that with a tied head the first logits do not all point at the token that was just read.
         std = 0.02
         self.embedding = Embedding(vocab_size, hidden_size, std=std, key=embedding_key)
         self.blocks = eqx.filter_vmap(block)(jax.random.split(blocks_key, num_layers))
@@ -155,7 +155,9 @@ class VishwamAI(eqx.Module):
         dtype = jnp.dtype(self.compute_dtype)
         with jax.named_scope("embedding"):
             embedding = gather(self.embedding, placement and placement.embedding, dtype)
-            x = embedding(tokens)
+            # The head wants a small embedding and the residual stream one that the branches do not drown: without the
+            # factor (2403.08295) preset tiny needed three times the tokens for the same loss.
+            x = embedding(tokens) * jnp.asarray(math.sqrt(embedding.weight.shape[1]), dtype)
 
         angles = rotary_angles(positions, self.blocks.attention.head_dim, self.rope_theta, wide(dtype))
         layers = jax.tree.leaves(self.blocks)[0].shape[0]
