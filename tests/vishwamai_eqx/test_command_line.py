@@ -23,12 +23,12 @@ REFUSED = [
     ("--optim.learning-rate big", "optim.learning_rate='big' must be a number; take one such as 0.1."),
     ("--mesh data=9", "mesh='data=9' must be of at most the 8 devices there are and needs 9; take data=8."),
     ("--mesh dada=2", "mesh='dada=2': 'dada=2' must be AXIS=SIZE with an axis of data; take data=8."),
-    ("--model.num-kv-heads 2", "model.num_kv_heads=2 must be a divisor of num_heads=3; take "),
+    ("--model.num-kv-heads 3", "model.num_kv_heads=3 must be a divisor of num_heads=2; take "),
     ("--model.num-heads 7", "model.num_heads=7 must be such that hidden_size="),
     ("--model.experts-per-token 9", "model.experts_per_token=9 must be at most num_experts=8; take 8."),
     ("--steps 0", "optim.steps=0 must be at least 1; take 1."),
     ("--data.held-out-share 1.5", "data.held_out_share=1.5 must be above 0 and below 1; take 0.05."),
-    ("--optim.microbatches 3", "optim.microbatches=3 must be a divisor of batch_size=16; take "),
+    ("--optim.microbatches 3", "optim.microbatches=3 must be a divisor of batch_size=8; take "),
     (
         "--optim.batch-size 12",
         "optim.batch_size=12 must be a multiple of microbatches=1 times the mesh's data=8; take ",
@@ -50,7 +50,7 @@ def test_refusals_are_sentences_and_exit_code_2(arguments, sentence, tmp_path, c
 def test_all_mistakes_at_once(capsys):
     assert train.main(["--stepz", "3", "--steps", "x", "--model.remat", "all"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
-    assert train.main(["--model.num-kv-heads", "2", "--mesh", "data=9"]) == 2
+    assert train.main(["--model.num-kv-heads", "3", "--mesh", "data=9"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 

@@ -168,7 +168,11 @@ def test_block_pattern():
     np.testing.assert_array_equal(block_pattern(4), [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]])
 
 
-TOTALS = {"base": (1_497_589_248, 478_373_376), "large": (53_420_236_800, 14_765_531_136)}
+TOTALS = {
+    "tiny": (3_610_880, 1_841_408),
+    "base": (1_497_589_248, 478_373_376),
+    "large": (53_420_236_800, 14_765_531_136),
+}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -177,8 +181,7 @@ def test_totals_of_the_presets(preset):
     abstract = jax.eval_shape(lambda: build(config, "bfloat16", jax.random.key(0)))
     total, active = flops.parameters(config)
     assert parameters.count(abstract) == total
-    if preset in TOTALS:
-        assert (total, active) == TOTALS[preset]
+    assert (total, active) == TOTALS[preset]
 
 
 @pytest.mark.parametrize("change", [{}, {"num_experts": 1}, {"tie_embeddings": False}])
