@@ -2,16 +2,20 @@
 
     python tests/benchmarks/train_step.py            in an environment that has torch too, for the comparison with it
 
-Everything is timed in one process, in interleaved rounds, and compared by the median ratio of a round, because the
-machine's speed drifts. PyTorch's model is written for the purpose, of the same shape: grouped-query attention through
-`scaled_dot_product_attention`, gated feed-forward, layer norm, tied head, AdamW; eager in f32, and `torch.compile` with
-bf16 autocast, whose compile time is not counted.
+Everything is timed in interleaved rounds and compared by the median ratio of a round, because the machine's speed
+drifts. PyTorch's model (`torch_step.py`) is of the same shape, eager in f32 and compiled with bf16 autocast, compile
+time not counted, each in a process of its own as its users have it: this project's allocator settings speed PyTorch
+up as well.
 """
 
 import argparse
+import atexit
 import dataclasses
+import importlib.util
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,71 +61,26 @@ def vishwamai_step(config: Config, dtype: str) -> Callable[[], None]:
     return run
 
 
-def torch_step(config: Config, fast: bool) -> Callable[[], None]:
-    """A call that runs one step of the same model in PyTorch: eager f32, or compiled with bf16 autocast if `fast`."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    model, d = config.model, config.model.hidden_size
-    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, d // model.num_heads
-    angles = torch.outer(
-        torch.arange(model.max_seq_len), model.rope_theta ** (-torch.arange(head_dim // 2) / (head_dim // 2))
+def torch_step(config: Config, compiled: bool) -> Callable[[], None]:
+    """A call that runs one step of the same model in PyTorch: eager f32, or compiled with bf16 autocast."""
+    model = config.model
+    settings = {"vocab": model.vocab_size, "d": model.hidden_size, "layers": model.num_layers}
+    settings |= {"heads": model.num_heads, "kv_heads": model.num_kv_heads, "ffn": model.ffn_dim}
+    settings |= {"seq": model.max_seq_len, "theta": model.rope_theta, "rows": config.optim.batch_size}
+    process = subprocess.Popen(
+        [sys.executable, Path(__file__).with_name("torch_step.py"), json.dumps(settings | {"compiled": compiled})],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
     )
-    cos, sin = angles.cos()[None, None], angles.sin()[None, None]
-
-    def rotate(x):
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
-            self.qkv = nn.Linear(d, (heads + 2 * kv_heads) * head_dim, bias=False)
-            self.out = nn.Linear(d, d, bias=False)
-            self.gate_up = nn.Linear(d, 2 * model.ffn_dim, bias=False)
-            self.down = nn.Linear(model.ffn_dim, d, bias=False)
-
-        def forward(self, x):
-            batch, seq, _ = x.shape
-            q, k, v = self.qkv(self.norm1(x)).split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], -1)
-            q, k, v = (t.view(batch, seq, -1, head_dim).transpose(1, 2) for t in (q, k, v))
-            y = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
-            x = x + self.out(y.transpose(1, 2).reshape(batch, seq, d))
-            gate, up = self.gate_up(self.norm2(x)).chunk(2, dim=-1)
-            return x + self.down(F.silu(gate) * up)
-
-    class Decoder(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(model.vocab_size, d)
-            nn.init.normal_(self.embedding.weight, std=0.02)
-            self.blocks = nn.ModuleList(Block() for _ in range(model.num_layers))
-            self.norm = nn.LayerNorm(d)
-
-        def forward(self, tokens, targets):
-            x = self.embedding(tokens)
-            for block in self.blocks:
-                x = block(x)
-            logits = F.linear(self.norm(x), self.embedding.weight)
-            return F.cross_entropy(logits.view(-1, model.vocab_size).float(), targets.view(-1))
-
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    decoder = Decoder()
-    adamw = torch.optim.AdamW(decoder.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fast)
-    tokens = torch.randint(0, model.vocab_size, (config.optim.batch_size, model.max_seq_len))
-    targets = tokens.roll(-1, dims=1)
-    forward = torch.compile(decoder) if fast else decoder
+    atexit.register(process.kill)
 
     def run() -> None:
-        adamw.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
-            loss = forward(tokens, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
-        adamw.step()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write("\n")
+        if not process.stdout.readline():
+            raise RuntimeError("PyTorch's process has ended")
 
     return run
 
@@ -192,9 +151,9 @@ def main() -> None:
     config, results = dense_tiny(), {"jax": jax.__version__}
 
     calls = {"ours bf16": vishwamai_step(config, "bfloat16"), "ours f32": vishwamai_step(config, "float32")}
-    try:
-        calls |= {"torch f32": torch_step(config, fast=False), "torch compiled bf16": torch_step(config, fast=True)}
-    except ImportError:
+    if importlib.util.find_spec("torch") is not None:
+        calls |= {"torch f32": torch_step(config, False), "torch compiled bf16": torch_step(config, True)}
+    else:
         print("torch is not installed: only this project's own figures")
     tokens = config.optim.batch_size * config.model.max_seq_len
     seconds = compare(calls, rounds)
