@@ -12,32 +12,27 @@ that out by checksum: Orbax alone trusts names, and returns flipped bits without
 
 import contextlib
 import fcntl
-import functools
 import json
 import logging
 import os
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
-import equinox as eqx
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from vishwamai_eqx import manifest
-from vishwamai_eqx.manifest import DamagedError
-from vishwamai_eqx.version import __version__
+from vishwamai_eqx import arrays, manifest
+from vishwamai_eqx.arrays import State
+from vishwamai_eqx.version import code_version
 
-State = TypeVar("State")
 _logger = logging.getLogger(__name__)
 
 # How long the processes of a run wait for each other's part of a save.
@@ -67,6 +62,7 @@ class Checkpoints:
       save (0: never for that).
     - `keep`: newest checkpoints that stay. Multiples of `keep_every` stay for good (0: none do).
     - `configuration`: JSON-ready settings, kept in every manifest.
+    - `fingerprint`: names the data that the state learns from, kept in every manifest; other data is refused.
     - `on_event`: called as `on_event(kind, message, step=step)`, from a thread too; the kinds are `checkpoint`,
       `checkpoint_failed` and `checkpoint_damaged`.
     """
@@ -80,6 +76,7 @@ class Checkpoints:
         keep: int = 3,
         keep_every: int = 0,
         configuration: Mapping[str, Any] | None = None,
+        fingerprint: str = "",
         on_event: Callable[..., None] = _log,
     ):
         for name, value, least in (("every", every, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
@@ -87,7 +84,7 @@ class Checkpoints:
                 raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
         self.directory = Path(directory).resolve()
         self.every, self.minutes, self.keep, self.keep_every = every, minutes, keep, keep_every
-        self._about = {"configuration": dict(configuration or {}), "code": code_version()}
+        self._about = {"configuration": dict(configuration or {}), "code": code_version(), "fingerprint": fingerprint}
         self._on_event = on_event
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
@@ -100,7 +97,7 @@ class Checkpoints:
             self._lock = _lock(self.directory)
             for path in self.directory.glob("*.tmp"):
                 manifest.remove(path)
-        self._orbax = _orbax()
+        self._orbax = arrays.checkpointer()
         self._barrier = ocp.multihost.get_barrier_sync_fn()
 
     def due(self, step: int) -> bool:
@@ -122,7 +119,7 @@ class Checkpoints:
         happened, and `wait` raises if it was the last one. The step that was just saved or restored is not saved again;
         any other of that number is replaced.
         """
-        leaves = _leaves(state)
+        leaves = arrays.by_name(state)
         self._join()
         if step == self._settled:
             return
@@ -134,7 +131,7 @@ class Checkpoints:
             "step": step,
             "time": time.time(),
             "bytes": sum(leaf.nbytes for leaf in leaves.values()),
-            "leaves": [_describe(name, leaf) for name, leaf in leaves.items()],
+            "leaves": [arrays.describe(name, leaf) for name, leaf in leaves.items()],
         }
         try:
             if self._primary:
@@ -158,10 +155,11 @@ class Checkpoints:
           sharding, on whatever mesh that is. What is not an array is taken over as it is.
         - `step`: this one and no other.
 
-        Raises ValueError if the leaves of the checkpoint are not those of `abstract`, or `step` is not a good one.
+        Raises ValueError if the leaves of the checkpoint are not those of `abstract`, the data it learned from is not
+        this data, or `step` is not a good one.
         """
         self._join()
-        wanted = _leaves(abstract)
+        wanted = arrays.by_name(abstract)
         while True:
             chosen = self._agree(step if step is not None else self.latest_step())
             if chosen is None:
@@ -178,9 +176,10 @@ class Checkpoints:
                 self._on_event("checkpoint_damaged", message, step=chosen)
             self._agree(chosen)
         about = manifest.read(folder)
-        _compare(folder, about, wanted, whole=True)
+        arrays.compare(folder, about, wanted, whole=True)
+        _same_data(folder, about, self._about["fingerprint"])
         self._settled = chosen
-        return _assemble(abstract, _arrays(self._orbax, folder, wanted))
+        return arrays.assemble(abstract, arrays.restore(self._orbax, folder, wanted))
 
     def latest_step(self) -> int | None:
         """The newest checkpoint there is, unverified."""
@@ -256,7 +255,7 @@ class Checkpoints:
         # Orbax's would raise the errors of this save in the next one.
         with contextlib.suppress(Exception):
             self._orbax.close()
-        self._orbax = _orbax()
+        self._orbax = arrays.checkpointer()
         if self._primary:
             manifest.remove(self.directory / f"{step}.tmp")
         free = shutil.disk_usage(self.directory).free
@@ -271,11 +270,11 @@ class Checkpoints:
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint; the processes share the reading and agree on the answer."""
         count = jax.process_count()
-        reason = _verify(folder, part=jax.process_index(), parts=count)
+        reason = manifest.damage(folder, part=jax.process_index(), parts=count)
         if count == 1 or not np.any(multihost_utils.process_allgather(np.array(reason is not None))):
             return reason
         # Another process found something, and process 0 is the one to say what.
-        return reason or (_verify(folder) if self._primary else None) or "another process cannot read it"
+        return reason or (manifest.damage(folder) if self._primary else None) or "another process cannot read it"
 
     def _agree(self, step: int | None) -> int | None:
         """Process 0's answer, for all."""
@@ -285,20 +284,32 @@ class Checkpoints:
         return None if agreed < 0 else agreed
 
 
-def read(directory: str | Path, abstract: State, *, step: int | None = None) -> State:
+def read(
+    directory: str | Path,
+    abstract: State,
+    *,
+    step: int | None = None,
+    before: int | None = None,
+    fingerprint: str | None = None,
+) -> State:
     """Restore from a directory that others may be training in, without changing anything there.
 
-    `abstract` may be a part of what was saved, `{"model": abstract_model}` for one: the names of its leaves decide.
+    `abstract` may be a part of what was saved, `{"model": abstract_model}` for one: the names of its leaves decide. It
+    is the newest checkpoint that is restored, or the newest one `before` a step, or that of `step` and no other.
     Damaged checkpoints are passed over with a warning, and so are those that are deleted meanwhile. Raises ValueError
-    where none is left, or the leaves do not fit.
+    where none is left, the leaves do not fit, or the data that was learned from has another `fingerprint`.
     """
-    directory, wanted, orbax = Path(directory).resolve(), _leaves(abstract), _orbax()
-    for chosen in sorted(steps(directory), reverse=True) if step is None else [step]:
+    directory, wanted, orbax = Path(directory).resolve(), arrays.by_name(abstract), arrays.checkpointer()
+    found = [number for number in steps(directory) if before is None or number < before]
+    for chosen in sorted(found, reverse=True) if step is None else [step]:
         folder = directory / str(chosen)
-        reason = _verify(folder)
+        reason = manifest.damage(folder)
         if reason is None:
-            _compare(folder, manifest.read(folder), wanted, whole=False)
-            return _assemble(abstract, _arrays(orbax, folder, wanted))
+            about = manifest.read(folder)
+            arrays.compare(folder, about, wanted, whole=False)
+            if fingerprint is not None:
+                _same_data(folder, about, fingerprint)
+            return arrays.assemble(abstract, arrays.restore(orbax, folder, wanted))
         _logger.warning("checkpoint %s is passed over: %s", folder, reason)
     raise ValueError(f"directory={str(directory)!r} must have a good checkpoint{'' if step is None else f' {step}'}")
 
@@ -309,89 +320,13 @@ def steps(directory: Path) -> list[int]:
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
 
 
-@functools.cache
-def code_version() -> dict[str, str]:
-    """What wrote a checkpoint: this package's version, its commit if it runs from a checkout, jax, Orbax."""
-    version = {"vishwamai_eqx": __version__, "jax": jax.__version__, "orbax": ocp.__version__}
-    root = Path(__file__).resolve().parents[1]
-    if (root / ".git").exists() and shutil.which("git"):
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-        version["commit"] = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return version
-
-
-def _orbax() -> ocp.AsyncCheckpointer:
-    # Weights hardly compress: 7% for several times the processor time.
-    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
-
-
-def _leaves(state: PyTree) -> dict[str, Any]:
-    """The arrays of a state by their path, which is the name they are stored under."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if isinstance(leaf, (bool, int, float, complex, np.ndarray, np.generic)):
-            raise ValueError(f"{name}={leaf!r} must be a jax array to be saved, or a static field to be left out")
-        if _is_array(leaf):
-            leaves[name] = leaf
-    return leaves
-
-
-def _assemble(abstract: State, arrays: Mapping[str, jax.Array]) -> State:
-    dynamic, static = eqx.partition(abstract, _is_array)
-    treedef = jax.tree.structure(dynamic)
-    return eqx.combine(jax.tree.unflatten(treedef, list(arrays.values())), static)
-
-
-def _describe(name: str, leaf: Any) -> dict[str, Any]:
-    return {"path": name, "shape": list(leaf.shape), "dtype": str(leaf.dtype)}
-
-
-def _compare(folder: Path, about: Mapping[str, Any], wanted: Mapping[str, Any], *, whole: bool) -> None:
-    """Raise ValueError unless every leaf is as it was saved: Orbax would cast another type and say nothing."""
-    saved = {leaf["path"]: f"{leaf['dtype']}{leaf['shape']}" for leaf in about["leaves"]}
-    here = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in wanted.items()}
-    names = [*here, *(name for name in saved if whole and name not in here)]
-    wrong = [
-        f"{name} is {saved.get(name, 'absent')} in the checkpoint and {here.get(name, 'absent')} here"
-        for name in names
-        if saved.get(name) != here.get(name)
-    ]
-    if wrong:
-        more = f" ({len(wrong) - 3} more)" if len(wrong) > 3 else ""
+def _same_data(folder: Path, about: Mapping[str, Any], fingerprint: str) -> None:
+    """Raise ValueError if a checkpoint learned from other data: its step would mean other batches from here on."""
+    if about["fingerprint"] != fingerprint:
         raise ValueError(
-            f"{folder} is of another model or optimiser: {'; '.join(wrong[:3])}{more}; use the settings that it was "
-            f"saved with, which are in its {manifest.NAME}, or another run directory"
+            f"{folder} learned from the data with fingerprint={about['fingerprint']!r} and the data here has "
+            f"{fingerprint!r}: files or their weights have changed in mid-run; put them back, or take another --run-dir"
         )
-
-
-def _arrays(orbax: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    single = SingleDeviceSharding(jax.local_devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or single)
-        for name, leaf in wanted.items()
-    }
-    arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    restored = orbax.restore(
-        folder / "state", args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
-    )
-    return {name: restored[name] for name in wanted}
-
-
-def _verify(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, beginning with the file's name."""
-    try:
-        about = manifest.read(folder)
-        if str(about["step"]) != folder.name:
-            return f"{manifest.NAME} is that of step {about['step']}"
-        manifest.verify(folder, about, part=part, parts=parts)
-    except DamagedError as error:
-        return str(error)
-    return None
 
 
 def _lock(directory: Path) -> int:

@@ -122,6 +122,18 @@ def verify(folder: Path, manifest: Mapping[str, Any], *, part: int = 0, parts: i
             raise DamagedError(reason)
 
 
+def damage(folder: Path, *, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with the checkpoint in a folder, beginning with the file's name; None if nothing is."""
+    try:
+        about = read(folder)
+        if str(about["step"]) != folder.name:
+            return f"{NAME} is that of step {about['step']}"
+        verify(folder, about, part=part, parts=parts)
+    except DamagedError as error:
+        return str(error)
+    return None
+
+
 def put_aside(folder: Path) -> Path:
     """Rename a damaged folder to a name that means nothing; returns the new path."""
     aside, number = folder.with_name(f"{folder.name}.damaged"), 1
@@ -160,6 +172,7 @@ def _well_formed(body: dict[str, Any]) -> bool:
     """Whether what is read of a manifest has the types that are relied on; a checksum is right on any nonsense."""
     return (
         type(body["step"]) is int
+        and type(body["fingerprint"]) is str
         and all(type(sums["bytes"]) is int and type(sums["crc32"]) is str for sums in body["files"].values())
         and all(
             type(leaf["path"]) is type(leaf["dtype"]) is str and all(type(size) is int for size in leaf["shape"])

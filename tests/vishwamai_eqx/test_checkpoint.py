@@ -197,6 +197,18 @@ def test_other_leaves_are_refused(opened, where, leaf, sentence):
         assert checkpoints.latest_step() == 1
 
 
+def test_other_data_is_refused(opened, tmp_path):
+    with opened(fingerprint="0123") as checkpoints:
+        checkpoints.save(1, state(1))
+        assert int(checkpoints.restore(abstract(state(0))).step) == 1
+    changed = r"learned from the data with fingerprint='0123' and the data here has '4567': .* put them back, or take"
+    with opened(fingerprint="4567") as checkpoints, pytest.raises(ValueError, match=changed):
+        checkpoints.restore(abstract(state(0)))
+    assert int(read(tmp_path / "checkpoints", abstract(state(0)), fingerprint="0123").step) == 1
+    with pytest.raises(ValueError, match=changed):
+        read(tmp_path / "checkpoints", abstract(state(0)), fingerprint="4567")
+
+
 @pytest.mark.parametrize("leaf", [1, 2.5, np.ones(3)])
 def test_what_would_not_be_saved_is_refused(opened, leaf):
     with opened() as checkpoints, pytest.raises(ValueError, match=r"a/0=.* must be a jax array"):
@@ -293,6 +305,17 @@ def test_a_reader_takes_a_part_and_changes_nothing(opened, tmp_path, caplog):
     assert "state/_METADATA is missing" in caplog.text
 
 
+def test_a_reader_takes_the_newest_before_a_step(opened, tmp_path):
+    with opened() as checkpoints:
+        for step in (1, 2, 5):
+            checkpoints.save(step, state(step))
+        checkpoints.wait()
+    found = [int(read(tmp_path / "checkpoints", abstract(state(0)), before=before).step) for before in (2, 3, 5, 9)]
+    assert found == [1, 2, 2, 5]
+    with pytest.raises(ValueError, match="must have a good checkpoint"):
+        read(tmp_path / "checkpoints", abstract(state(0)), before=1)
+
+
 def test_a_reader_without_a_checkpoint_is_told(tmp_path):
     with pytest.raises(ValueError, match="must have a good checkpoint"):
         read(tmp_path / "nowhere", {"w": jnp.ones(3)})
@@ -332,7 +355,7 @@ def test_checksums_are_quicker_than_a_disk(tmp_path):
 
 
 def test_a_manifest_is_whole_or_damaged(tmp_path):
-    manifest.write(tmp_path, {}, step=1, leaves=[])
+    manifest.write(tmp_path, {}, step=1, fingerprint="", leaves=[])
     whole = (tmp_path / manifest.NAME).read_bytes()
     assert manifest.read(tmp_path)["step"] == 1
     assert json.loads(whole)["crc32"]
