@@ -11,8 +11,8 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import vishwamai_eqx  # noqa: F401  isort: skip  (before jax, whose platform it chooses)
 import equinox as eqx
@@ -24,19 +24,37 @@ from jaxtyping import Array, Float, Int, UInt32
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from vishwamai_eqx import command_line, data, evaluation, flops, optim, parameters, state
+from vishwamai_eqx import (
+    accounting,
+    checkpoint,
+    command_line,
+    data,
+    environment,
+    evaluation,
+    flops,
+    logbook,
+    nonfinite,
+    optim,
+    parameters,
+    skip,
+    state,
+)
+from vishwamai_eqx.accounting import Clock
 from vishwamai_eqx.checkpoint import Checkpoints
 from vishwamai_eqx.config import Config, parse_mesh, problems, to_dict
 from vishwamai_eqx.data import Batch
-from vishwamai_eqx.feed import Feed
+from vishwamai_eqx.feed import Feed, place
 from vishwamai_eqx.guard import Signals
 from vishwamai_eqx.logbook import Logbook
 from vishwamai_eqx.loss import cross_entropy
 from vishwamai_eqx.mesh import gather, make_mesh
 from vishwamai_eqx.model import VishwamAI
 from vishwamai_eqx.precision import compute_dtype
+from vishwamai_eqx.skip import Skips
 from vishwamai_eqx.state import TrainState
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
+from vishwamai_eqx.version import code_version
+from vishwamai_eqx.watchdog import Watchdog
 
 P = PartitionSpec
 ROWS = P("data")  # of [rows, seq]
@@ -57,15 +75,21 @@ class Metrics(eqx.Module):
     """Each expert's share of its layer's choices."""
     batch: UInt32[Array, "2"]
     """The two halves of the batch's hash."""
+    watch: skip.Watch
+    """Whether the step was skipped, and what was usual."""
+    broken: nonfinite.Broken
+    """Where numbers were not finite."""
 
 
 def make_step(
     config: Config, mesh: Mesh, specs: TrainState, transform: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step: gradients summed over microbatches and devices, clipped, through optax."""
+    """The training step: gradients summed over microbatches and devices, judged, clipped, through optax."""
     schedule = optim.learning_rate(config.optim)
 
-    def loss(model: VishwamAI, batch: Batch, tokens: Array, key: Array | None, first_row: Array) -> tuple[Array, Any]:
+    def loss(
+        model: VishwamAI, probes: Array, batch: Batch, tokens: Array, key: Array | None, first_row: Array
+    ) -> tuple[Array, Any]:
         """A microbatch's part of the step's loss: sums over its rows, divided by what the whole step has."""
         hidden, _, router = model(
             batch.tokens,
@@ -74,6 +98,7 @@ def make_step(
             key=key,
             placement=specs.model,
             first_row=first_row,
+            probes=probes,
         )
         nll = token_loss(model, specs.model, hidden, batch) / tokens
         if router is None:
@@ -90,33 +115,40 @@ def make_step(
 
         # Nobody sums gradients over devices here. The loss is a sum over them already, and its transpose hands each
         # device the gradient of its own shards, complete: scattered for what was gathered, summed for what was copied.
-        def accumulate(gradients: VishwamAI, xs: tuple[Batch, Array]) -> tuple[VishwamAI, Any]:
+        # The gradients of the probes say in which layer the forward pass was not finite.
+        def accumulate(gradients: tuple[VishwamAI, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             part, index = xs
             first_row = (index * jax.lax.axis_size("data") + jax.lax.axis_index("data")) * rows
-            more, metrics = jax.grad(loss, has_aux=True)(current.model, part, tokens, key, first_row)
+            more, metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(*variables, part, tokens, key, first_row)
             return jax.tree.map(jnp.add, gradients, more), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, current.model)
-        gradients, metrics = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(microbatches)))
+        variables = current.model, jnp.zeros(config.model.num_layers + 1)
+        zeros = jax.tree.map(jnp.zeros_like, variables)
+        (gradients, probes), metrics = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(microbatches)))
         nll, balance, z, load = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
 
         norm = optim.global_norm(gradients, specs.model)
+        take, watch = skip.judge(current.watch, nll, norm, config.guard)
+        broken = nonfinite.broken(probes, gradients)
         gradients = optim.clip(gradients, norm, config.optim.clip_norm)
         updates, opt_state = transform.update(gradients, current.opt_state, current.model)
-        model = optax.apply_updates(current.model, updates)
+        new = optax.apply_updates(current.model, updates), opt_state
+        model, opt_state = skip.choose(take, new, (current.model, current.opt_state))
         metrics = Metrics(
             loss=nll,
             balance=balance,
             router_z=z,
             grad_norm=norm,
-            learning_rate=jnp.asarray(schedule(current.step)),
+            learning_rate=jnp.asarray(schedule(current.opt_state[-1].count)),
             tokens=tokens.astype(jnp.int32),
             load=None if load is None else load / load.sum(axis=-1, keepdims=True),
             batch=jax.lax.psum(
                 data.hash_lanes(jax.tree.map(lambda rows: rows.reshape(-1, rows.shape[-1]), batch)), "data"
             ),
+            watch=watch,
+            broken=broken,
         )
-        return TrainState(model, opt_state, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
+        return TrainState(model, opt_state, watch, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
 
     sharded = jax.shard_map(step, mesh=mesh, in_specs=(specs, MICROBATCHES), out_specs=(specs, P()), check_vma=True)
     return jax.jit(sharded, donate_argnums=0)
@@ -159,28 +191,59 @@ def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
     return tokenizer
 
 
-def train(config: Config, console: Console) -> int:
-    """Run to the last step, or to a signal; the exit code."""
-    assert config.run_dir is not None
+class Setup(NamedTuple):
+    """What a run is made of, whether it trains or does a step again."""
+
+    dataset: data.Dataset
+    mesh: Mesh
+    dtype: str
+    specs: TrainState
+    """Where each array of the state lies."""
+    abstract: TrainState
+    """The state's shapes and types, each with its sharding."""
+    new_state: Callable[[], TrainState]
+    fed: NamedSharding
+    """Of a batch."""
+    step: Future[Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
+    """Being compiled."""
+
+
+def set_up(config: Config) -> Setup:
+    """Tokenize the text, lay the state out over the mesh, compile the step; no array is made yet."""
     corpus = data.load_documents(config.data, config.seed)
     tokenizer = read_tokenizer(config, corpus)
-    command_line.write_config(config)
-
     sizes = parse_mesh(config.mesh, jax.device_count())
     mesh, transform, dtype = make_mesh(sizes), optim.optimizer(config.optim), compute_dtype(config.precision)
     abstract = state.abstract_state(config.model, dtype, transform)
     specs = state.placement(abstract, sizes, transform)
-    shardings = state.shardings(mesh, specs)
+    shardings, fed = state.shardings(mesh, specs), NamedSharding(mesh, MICROBATCHES)
     abstract = jax.tree.map(placed, abstract, shardings)
-    steps, microbatches, length = config.optim.steps, config.optim.microbatches, config.model.max_seq_len
-    rows = config.optim.batch_size // microbatches
-    held_out, fed = NamedSharding(mesh, ROWS), NamedSharding(mesh, MICROBATCHES)
+    microbatches, length, rows = config.optim.microbatches, config.model.max_seq_len, config.optim.batch_size
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
-    lowered = make_step(config, mesh, specs, transform).lower(abstract, abstract_batch(fed, microbatches, rows, length))
-    compiling = ThreadPoolExecutor(1).submit(lowered.compile)
-    dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=config.optim.batch_size, seed=config.seed)
-    evaluate = make_evaluate(mesh, specs.model)
-    kind = jax.devices()[0].device_kind
+    batch = abstract_batch(fed, microbatches, rows // microbatches, length)
+    compiling = ThreadPoolExecutor(1).submit(make_step(config, mesh, specs, transform).lower(abstract, batch).compile)
+    dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+    return Setup(
+        dataset,
+        mesh,
+        dtype,
+        specs,
+        abstract,
+        lambda: state.initialise(config.model, dtype, transform, config.seed, shardings),
+        fed,
+        compiling,
+    )
+
+
+def train(config: Config, console: Console, started: float) -> int:
+    """Run to the last step, or to a signal; the exit code. `started` is when the program did, by `perf_counter`."""
+    assert config.run_dir is not None
+    dataset, mesh, dtype, specs, abstract, new_state, fed, compiling = set_up(config)
+    command_line.write_config(config)
+
+    evaluate, held_out = make_evaluate(mesh, specs.model), NamedSharding(mesh, ROWS)
+    steps, microbatches = config.optim.steps, config.optim.microbatches
+    kind, processes = jax.devices()[0].device_kind, jax.process_count()
     total, active = flops.parameters(config.model)
     console.print(
         f"{config.run_dir}: {total:,} parameters, {active:,} active, in {dtype} on {mesh.size} {kind}\n"
@@ -190,20 +253,31 @@ def train(config: Config, console: Console) -> int:
     )
 
     with (
-        Signals() as signals,
-        Logbook(config.run_dir, configuration=to_dict(config)) as log,
+        Signals(processes) as signals,
+        Logbook(
+            config.run_dir,
+            configuration=to_dict(config),
+            environment={**code_version(), "devices": f"{mesh.size} {kind}", "mesh": dict(mesh.shape)},
+            process=jax.process_index(),
+        ) as log,
         Checkpoints(
             config.run_dir / "checkpoints",
             every=config.checkpoint.every,
+            minutes=config.checkpoint.minutes,
             keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
             configuration=to_dict(config),
+            fingerprint=dataset.fingerprint,
             on_event=log.event,
         ) as checkpoints,
+        Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=log.event) as watchdog,
         progress(console) as bar,
     ):
 
         def look(step: int, model: VishwamAI, limit: int | None) -> evaluation.HeldOut:
-            result = evaluation.held_out(evaluate, model, dataset, held_out, rows, limit)
+            result = evaluation.held_out(
+                evaluate, model, dataset, held_out, config.optim.batch_size // microbatches, limit
+            )
             log.eval(step=step, **result._asdict())
             bar.console.print(
                 f"step {step}: held-out loss {result.loss:.3f}, bits per byte {result.bits_per_byte:.3f}",
@@ -213,41 +287,82 @@ def train(config: Config, console: Console) -> int:
 
         def write(step: int, model: VishwamAI) -> list[str]:
             # As many during the run as at its end, so that one program writes both.
-            tokens = min(config.eval.sample_tokens, length - 1)
-            texts = evaluation.write(model, tokenizer, tokens=tokens, seed=step, samples=config.eval.samples)
+            tokens = min(config.eval.sample_tokens, config.model.max_seq_len - 1)
+            texts = evaluation.write(model, dataset.tokenizer, tokens=tokens, seed=step, samples=config.eval.samples)
             for text in texts:
                 log.sample(step, text)
             return texts
 
-        current = checkpoints.restore(abstract) or state.initialise(
-            config.model, dtype, transform, config.seed, shardings
-        )
-        step, first = compiling.result(), int(current.step)
+        def go_back(current: TrainState, n: int) -> TrainState:
+            """The last checkpoint's state, at step n: past the batches that were skipped, and those before them."""
+            last = current.step
+            jax.tree.map(lambda leaf: leaf.delete(), (current.model, current.opt_state))  # make room for it
+            restored = checkpoints.restore(abstract) or new_state()
+            log.resume(first := int(restored.step))
+            log.event("went_back", f"to the state of step {first}, and on with the batch after step {n}", step=n)
+            restored = skip.go_on(restored, last)
+            # A run that ends here goes on from here: past those batches.
+            checkpoints.save(n, restored)
+            return restored
+
+        clock = Clock(started)
+        current = checkpoints.restore(abstract) or new_state()
+        first = int(current.step)
         log.resume(first)
-        log.event("start", f"from step {first} on {mesh.size} {kind}, {sizes}", step=first)
+        log.span("start", clock.lap())
+        step = compiling.result()
+        log.span("compile", clock.lap())
+        log.event("start", f"from step {first} on {mesh.size} {kind}, {dict(mesh.shape)}", step=first)
 
         feed = Feed(dataset, range(first, steps), fed, microbatches=microbatches)
         task = bar.add_task("", total=steps, completed=first, note="")
-        speed = Speed(config, kind, mesh.size)
+        speed, skips = Speed(config, kind, mesh.size), Skips(config.guard.patience, log.event)
         for n, batch in enumerate(feed, first + 1):
             current, metrics = step(current, batch)
-            log.step(step=n, data_seconds=feed.waited, **speed(metrics))
+            row = speed(metrics)
+            log.step(step=n, data_seconds=feed.waited, step_seconds=clock.lap() - feed.waited, **row)
+            watchdog.step(n)
             bar.update(task, completed=n, note=speed.note)
-            if metrics.load is not None and n % 10 == 0:
-                log.experts(n, metrics.load)
+            if n % 10 == 0:
+                for name, size in accounting.memory().items():
+                    log.memory(n, name, size)
+                if metrics.load is not None:
+                    log.experts(n, metrics.load)
+            if back := skips.too_many(n, metrics):
+                if skips.went_back:
+                    log.event("stopped", skips.report(), step=n)
+                    console.print(skips.report(), highlight=False, markup=False)
+                    return 1
+                current, skips.went_back = go_back(current, n), True
+                log.span("start", clock.lap())
             if n % config.eval.every == 0 and n < steps:
                 look(n, current.model, config.eval.rows)
             if n % config.eval.sample_every == 0 and n < steps:
                 bar.console.print(write(n, current.model)[0], style="dim", markup=False, highlight=False)
-            if checkpoints.due(n) or signals.received or n == steps:
+            if n % config.eval.every == 0 or n % config.eval.sample_every == 0:
+                log.span("eval", clock.lap(), step=n)
+            stop = signals.stop(n)
+            # A state in the midst of skipped steps is none to go back to.
+            good = checkpoints.due(n) and not back and not int(metrics.watch.skipped)
+            if good or stop or n == steps:
                 checkpoints.save(n, current)
-            if signals.received:
+                skips.went_back &= not good
+                log.span("save", clock.lap(), step=n)
+            if stop:
+                assert signals.received is not None
                 checkpoints.wait()
                 log.event("signal", f"{signals.received.name}: saved and stopped", step=n)
                 console.print(f"{signals.received.name}: step {n} is saved; the same command goes on from there")
                 return signals.exit_code
+        skips.too_many(steps, None)
         result = look(steps, current.model, None)
         texts = write(steps, current.model)
+        log.span("eval", clock.lap(), step=steps)
+        checkpoints.wait()
+        log.span("save", clock.lap(), step=steps)
+        log.flush()
+        if jax.process_index() == 0:
+            console.print(accounting.goodput(config.run_dir), highlight=False)
 
     lines = evaluation.python_lines(texts)
     print(f"complete lines of {len(texts)} samples that tokenize accepts as Python: {lines:.1%}")
@@ -255,6 +370,39 @@ def train(config: Config, console: Console) -> int:
     print(f"held-out bits per byte: {result.bits_per_byte:.4f}")
     print(f"sample: {texts[0]}")
     return 0
+
+
+def replay(config: Config, target: int) -> int:
+    """Do a step of the run again and hold it beside the logbook: 0 if they agree to the last bit, else 1.
+
+    Nothing in the run directory is changed, so it may be done while the run goes on.
+    """
+    assert config.run_dir is not None
+    with logbook.connect(config.run_dir) as book:
+        query = "SELECT step, loss, grad_norm, batch_hash FROM steps ORDER BY abs(step - ?) LIMIT 1"
+        logged = book.execute(query, [target]).fetchone()
+    if logged is None or logged[0] != target:
+        nearest = f"take {logged[0]}" if logged else "it has none yet"
+        raise ValueError(f"replay={target} must be a step that the logbook of {config.run_dir} has; {nearest}.")
+
+    dataset, mesh, _, _, abstract, new_state, fed, compiling = set_up(config)
+    folder, step = config.run_dir / "checkpoints", compiling.result()
+    if any(saved < target for saved in checkpoint.steps(folder)):
+        current = checkpoint.read(folder, abstract, before=target, fingerprint=dataset.fingerprint)
+    else:
+        current = new_state()
+    first = int(current.step)
+    for n in range(first, target - 1):
+        current, _ = step(current, place(dataset, n, fed, config.optim.microbatches))
+    _, metrics = step(current, place(dataset, target - 1, fed, config.optim.microbatches))
+    now = (float(metrics.loss), float(metrics.grad_norm), str(data.BatchHash(metrics.batch)))
+    print(f"step {target} done again from step {first} on {mesh.size} {jax.devices()[0].device_kind}")
+    for name, here, then in zip(("loss", "gradient norm", "batch"), now, logged[1:], strict=True):
+        # Numbers that print alike are alike to the last bit, and one NaN is as good as another.
+        print(f"{name}: {here!r} agrees bit for bit" if repr(here) == repr(then) else f"{name}: {here!r} was {then!r}")
+    if int(metrics.watch.skipped):
+        print(f"the step is skipped: {skip.reason(metrics)}")
+    return 0 if repr(now) == repr(logged[1:]) else 1
 
 
 class Speed:
@@ -275,7 +423,7 @@ class Speed:
             name: getattr(metrics, name) for name in ("loss", "grad_norm", "learning_rate", "tokens")
         }
         row |= {"tokens_per_second": rate, "balance": metrics.balance, "router_z": metrics.router_z}
-        row["batch_hash"] = data.BatchHash(metrics.batch)
+        row |= {"batch_hash": data.BatchHash(metrics.batch), "skipped": metrics.watch.skipped}
         self.note = f"loss {loss:.3f} · {rate:,.0f} tokens/s"
         if self.peak:
             row["mfu"] = rate * self.flops / self.peak
@@ -312,7 +460,9 @@ def dry_run(config: Config) -> None:
         print(f"a token takes {per_token:,.0f} FLOPs of training")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], started: float | None = None) -> int:
+    """The exit code of the program with those arguments; `started` is when it began, now if it is not known."""
+    started = time.perf_counter() if started is None else started
     try:
         config = command_line.parse(argv, __doc__)
         if found := problems(config, jax.device_count()):
@@ -320,11 +470,13 @@ def main(argv: list[str]) -> int:
         if config.dry_run:
             dry_run(config)
             return 0
-        return train(config, Console(stderr=True))
+        if config.replay is not None:
+            return replay(config, config.replay)
+        return train(config, Console(stderr=True), started)
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], environment.STARTED))

@@ -16,8 +16,9 @@ import tyro
 from vishwamai_eqx.config import PRESETS, Config, from_dict, nearest, to_dict
 
 Settings = TypeVar("Settings")
-# Settings that may differ when a run is resumed: they change what is looked at, not what is computed.
-FREE = ("run_dir", "mesh", "dry_run", "json", "checkpoint", "eval")
+# Settings that may differ when a run is resumed: they change what is looked at, not what is computed. With those of
+# `guard` a run that stopped for too many skipped steps gets past them.
+FREE = ("run_dir", "mesh", "dry_run", "json", "replay", "checkpoint", "eval", "guard")
 
 
 def parse(argv: Sequence[str], description: str | None = None) -> Config:
@@ -35,8 +36,8 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
     run_dir = Path(_value(argv, "--run-dir") or Path("runs") / (preset or "tiny"))
     saved = read_config(run_dir)
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
-    base = dataclasses.replace(base, dry_run=False, json=False)
-    config = tyro.cli(Config, default=base, args=list(argv), description=description)
+    base = dataclasses.replace(base, dry_run=False, json=False, replay=None)
+    config = tyro.cli(Config, default=base, args=_joined(argv), description=description)
     config = dataclasses.replace(config, run_dir=run_dir)
     if saved is not None and (differences := list(_differences(to_dict(saved), to_dict(config)))):
         raise ValueError("\n".join(f"{run_dir} is a run of another configuration: {line}" for line in differences))
@@ -47,7 +48,7 @@ def parse_settings(kind: type[Settings], argv: Sequence[str], default: Settings,
     """The settings of a dataclass that the arguments ask for; ValueError with a line for each mistake."""
     if mistakes := list(_mistakes(argv, flags(kind))):
         raise ValueError("\n".join(mistakes))
-    return tyro.cli(kind, default=default, args=list(argv), description=description)
+    return tyro.cli(kind, default=default, args=_joined(argv), description=description)
 
 
 def read_config(run_dir: Path) -> Config | None:
@@ -57,7 +58,9 @@ def read_config(run_dir: Path) -> Config | None:
         return None
     try:
         return from_dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except RecursionError:
+        raise ValueError(f"{path}: not a configuration of this version; use another --run-dir.") from None
+    except (ValueError, OSError) as error:
         raise ValueError(f"{path}: {error}; use another --run-dir.") from None
 
 
@@ -142,6 +145,17 @@ def _wrong(hint: Any, value: str) -> str | None:
     if hint is float and not _is_number(value):
         return "a number; take one such as 0.1"
     return None
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """The arguments with `--flag -1e-3` written as `--flag=-1e-3`: the parser takes few negative numbers for values."""
+    joined: list[str] = []
+    for argument in argv:
+        if argument.startswith("-") and _is_number(argument) and joined and joined[-1].startswith("--"):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def _is_number(value: str) -> bool:

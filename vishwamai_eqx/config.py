@@ -9,7 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -120,6 +120,20 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    """When a step is not taken, and when a run counts as hanging."""
+
+    loss_spike: float = 3.0
+    """A step whose loss is beyond so many times its running mean is skipped; 0: only what is not finite is."""
+    grad_spike: float = 10.0
+    """The same of the gradient's global norm, before it is clipped."""
+    patience: int = 5
+    """After so many skipped steps in a row the run goes back to its last checkpoint, and on with the next batch."""
+    hang_minutes: float = 15.0
+    """Without a step for so long, what every thread does is written to the run directory; 0: never."""
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """What is looked at while the run goes on."""
 
@@ -152,11 +166,14 @@ class Config:
     """Print what the run would be, allocate nothing, and stop."""
     json: bool = False
     """Print the dry run as one JSON object."""
+    replay: int | None = None
+    """Do this step of the run again, from the checkpoint before it, and say whether it comes out as logged."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 PRESETS: dict[str, Config] = {
@@ -208,18 +225,30 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Config:
     """The configuration that `to_dict` made the values of; ValueError if they are not one's."""
-    sections = {"model": ModelConfig, "data": DataConfig, "optim": OptimConfig, "checkpoint": CheckpointConfig}
-    sections["eval"] = EvalConfig
-    values = dict(values)
-    try:
-        for name, section in sections.items():
-            read = {key: tuple(value) if isinstance(value, list) else value for key, value in values[name].items()}
-            values[name] = section(**read)
-        for name in ("run_dir", "tokenizer"):
-            values[name] = None if values[name] is None else Path(values[name])
-        return Config(**values)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a configuration of this version: {error}") from None
+
+    def made(kind: type, values: Any) -> Any:
+        hints = get_type_hints(kind)
+        if not isinstance(values, dict) or values.keys() != hints.keys():
+            raise ValueError(f"not a configuration of this version: {kind.__name__} has other settings")
+        return kind(**{name: read(hint, name, values[name]) for name, hint in hints.items()})
+
+    def read(hint: Any, name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hint):
+            return made(hint, value)  # pyright: ignore[reportArgumentType]
+        choices = set(get_args(hint))
+        if value is None and type(None) in choices:
+            return None
+        if Path in (hint, *choices) and isinstance(value, str):
+            return Path(value)
+        if get_origin(hint) is tuple and isinstance(value, list):
+            return tuple(read(get_args(hint)[0], name, item) for item in value)
+        if get_origin(hint) is Literal and isinstance(value, str) and value in choices:
+            return value
+        if type(value) in (hint, *choices) or (hint is float and type(value) is int):
+            return hint(value) if hint is float else value
+        raise ValueError(f"not a configuration of this version: {name}={value!r} is no value of this setting")
+
+    return made(Config, values)
 
 
 def problems(config: Config, devices: int) -> list[str]:
@@ -232,11 +261,13 @@ def problems(config: Config, devices: int) -> list[str]:
 
     model, data, optim = config.model, config.data, config.optim
     require("preset", config.preset, config.preset in PRESETS, f"one of {', '.join(PRESETS)}", nearest(config.preset))
-    for section in ("model", "optim", "checkpoint", "eval"):
+    for section in ("model", "optim", "checkpoint", "eval", "guard"):
         settings = getattr(config, section)
         for name, kind in get_type_hints(type(settings)).items():
-            if kind is int and name not in ("warmup_steps", "keep_every"):
-                require(f"{section}.{name}", getattr(settings, name), getattr(settings, name) >= 1, "at least 1", 1)
+            if kind is int:
+                value, least = getattr(settings, name), 0 if name in ("warmup_steps", "keep_every") else 1
+                require(f"{section}.{name}", value, value >= least, f"at least {least}", max(least, 1))
+                require(f"{section}.{name}", value, value < 2**31, "below 2**31", field_default(f"{section}.{name}"))
     for name, value, top in (
         ("data.held_out_share", data.held_out_share, 1),
         ("optim.learning_rate", optim.learning_rate, math.inf),
@@ -250,19 +281,26 @@ def problems(config: Config, devices: int) -> list[str]:
         ("optim.beta1", optim.beta1, 1),
         ("optim.beta2", optim.beta2, 1),
         ("optim.weight_decay", optim.weight_decay, math.inf),
-        ("optim.warmup_steps", optim.warmup_steps, math.inf),
         ("optim.decay_share", optim.decay_share, 1.0000001),
         ("optim.final_learning_rate_share", optim.final_learning_rate_share, 1.0000001),
         ("optim.balance_loss_weight", optim.balance_loss_weight, math.inf),
         ("optim.router_z_loss_weight", optim.router_z_loss_weight, math.inf),
+        ("checkpoint.minutes", config.checkpoint.minutes, math.inf),
+        ("guard.hang_minutes", config.guard.hang_minutes, math.inf),
     ):
         constraint = "at least 0" + (f" and at most {top:.0f}" if top < math.inf else "")
         require(name, value, 0 <= value < top, constraint, field_default(name))
+    require("seed", config.seed, 0 <= config.seed < 2**31, "at least 0 and below 2**31", 0)
+    for name, value in (("loss_spike", config.guard.loss_spike), ("grad_spike", config.guard.grad_spike)):
+        name = f"guard.{name}"
+        require(name, value, value == 0 or 1 < value < math.inf, "0 or above 1", field_default(name))
+    if config.replay is not None:
+        require("replay", config.replay, config.replay >= 1, "at least 1", 1)
     if found:
         return found
 
     heads = model.num_heads
-    fitting = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % (2 * n) == 0]
+    fitting = divisors(model.hidden_size // 2) if model.hidden_size % 2 == 0 else []
     require(
         "model.num_heads",
         heads,
@@ -275,7 +313,7 @@ def problems(config: Config, devices: int) -> list[str]:
         model.num_kv_heads,
         heads % model.num_kv_heads == 0,
         f"a divisor of num_heads={heads}",
-        closest([n for n in range(1, heads + 1) if heads % n == 0], model.num_kv_heads),
+        closest(divisors(heads), model.num_kv_heads),
     )
     require(
         "model.experts_per_token",
@@ -290,7 +328,7 @@ def problems(config: Config, devices: int) -> list[str]:
         parts,
         optim.batch_size % parts == 0,
         f"a divisor of batch_size={optim.batch_size}",
-        closest([n for n in range(1, optim.batch_size + 1) if optim.batch_size % n == 0], parts),
+        closest(divisors(optim.batch_size), parts),
     )
     try:
         share = parse_mesh(config.mesh, devices)["data"]
@@ -335,6 +373,12 @@ def field_default(name: str) -> Any:
 def nearest(name: str) -> str:
     """The preset whose name is closest."""
     return next(iter(difflib.get_close_matches(name, PRESETS, 1, 0)), "tiny")
+
+
+def divisors(value: int) -> list[int]:
+    """All of them, in no order."""
+    small = [n for n in range(1, math.isqrt(value) + 1) if value % n == 0]
+    return [*small, *(value // n for n in small)]
 
 
 def closest(choices: list[int], value: int) -> int | None:

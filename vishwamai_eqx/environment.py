@@ -4,7 +4,11 @@ import ctypes
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
+
+STARTED = time.perf_counter()
+"""When this package began to be imported: what a program's start-up is counted from."""
 
 # glibc's mallopt: the numbers are those of <malloc.h>.
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8

@@ -1,4 +1,4 @@
-"""What keeps a run from being lost: signals."""
+"""What asks a run to stop: signals, and the notice that a pod is about to be taken away."""
 
 import os
 import signal
@@ -36,15 +36,21 @@ class Signals:
     def stop(self, step: int) -> bool:
         """Whether to stop after `step`: the same answer in every process, each of which must ask at every step.
 
-        Between processes the question waits for the devices, so it is one for every eighth step only.
+        Between processes the question waits for the devices, so it is one for every eighth step only. A notice of
+        preemption from the scheduler of a pod asks to stop as SIGTERM does, at whatever step it names to all.
         """
         if self.processes > 1:
-            if step % 8:
-                return False
             # Of all that is here this alone needs jax.
+            import jax
             import numpy as np
             from jax.experimental import multihost_utils
 
+            service: bool = jax.config.jax_enable_preemption_service  # pyright: ignore[reportAttributeAccessIssue]
+            if service and multihost_utils.reached_preemption_sync_point(step):
+                self.received = self.received or signal.SIGTERM
+                return True
+            if step % 8:
+                return False
             numbers = multihost_utils.process_allgather(np.array(self.received or 0, np.int32))
             self.received = signal.Signals(int(numbers.max())) if numbers.any() else None
         return self.received is not None

@@ -8,7 +8,8 @@ every other process a file that one has open for writing; any client may query i
 A segment is one attempt: it begins when a process starts or goes back to a checkpoint, and its name says from which
 step (`attempt-000002-from-400.jsonl`). Attempts overlap, since a run that died at step 470 does steps 401 to 470 again.
 The views show one history: a row is hidden once a later attempt has resumed before its step, and where two attempts
-logged one step the later one stands. `events`, `spans` and `attempts` are the record of what happened and hide nothing.
+logged one step the later one stands. `events`, `spans` and `attempts` are the record of what happened and hide nothing;
+`goodput` is what the run's time went to over all attempts.
 Step s is the update that made `state.step` s, so a checkpoint of step s holds the work of rows 1 to s.
 """
 
@@ -32,29 +33,13 @@ _logger = logging.getLogger(__name__)
 
 # One schema for all segments: read_json reads the fields a view asks for and gives NULL for those a row lacks.
 _FIELDS = {
-    "table": "VARCHAR",
-    "attempt": "BIGINT",
-    "n": "BIGINT",
-    "time": "DOUBLE",
-    "step": "BIGINT",
-    "loss": "DOUBLE",
-    "grad_norm": "DOUBLE",
-    "learning_rate": "DOUBLE",
-    "tokens": "BIGINT",
-    "tokens_per_second": "DOUBLE",
-    "batch_hash": "VARCHAR",
-    "more": "MAP(VARCHAR, DOUBLE)",
-    "bits_per_byte": "DOUBLE",
-    "kind": "VARCHAR",
-    "message": "VARCHAR",
-    "text": "VARCHAR",
+    **dict.fromkeys(("attempt", "n", "step", "tokens", "bytes", "resumed_at"), "BIGINT"),
+    **dict.fromkeys(("time", "loss", "grad_norm", "learning_rate", "tokens_per_second", "bits_per_byte"), "DOUBLE"),
+    **dict.fromkeys(("data_seconds", "step_seconds", "seconds"), "DOUBLE"),
+    **dict.fromkeys(("table", "batch_hash", "kind", "message", "text", "name"), "VARCHAR"),
+    **dict.fromkeys(("configuration", "environment"), "JSON"),
     "load": "DOUBLE[][]",
-    "name": "VARCHAR",
-    "seconds": "DOUBLE",
-    "bytes": "BIGINT",
-    "resumed_at": "BIGINT",
-    "configuration": "JSON",
-    "environment": "JSON",
+    "more": "MAP(VARCHAR, DOUBLE)",
 }
 _TIME = "make_timestamp((time * 1e6)::BIGINT) AS time"
 _SEGMENT = re.compile(r"attempt-(\d+)(?:-from-(\d+))?\.jsonl")
@@ -81,9 +66,14 @@ def _views(run_dir: Path) -> dict[str, str]:
         return f"""(SELECT * FROM {rows(table)} JOIN {history} USING (attempt) WHERE upto IS NULL OR step <= upto
             QUALIFY {ties}() OVER (PARTITION BY step ORDER BY {order}) = 1)"""
 
+    spans = f"SELECT time, step, name, seconds, attempt, n FROM {rows('spans')}"
+    for name in ("data", "step"):
+        spans += f""" UNION ALL SELECT time, step, '{name}', {name}_seconds, attempt, n FROM {rows("steps")}
+            WHERE {name}_seconds IS NOT NULL"""
+
     return {
-        "steps": f"""SELECT step, loss, grad_norm, learning_rate, tokens, tokens_per_second, batch_hash, {_TIME},
-            attempt, more FROM {standing("steps", ties="row_number")} ORDER BY step""",
+        "steps": f"""SELECT step, loss, grad_norm, learning_rate, tokens, tokens_per_second, batch_hash, data_seconds,
+            step_seconds, {_TIME}, attempt, more FROM {standing("steps", ties="row_number")} ORDER BY step""",
         "evals": f"""SELECT step, loss, bits_per_byte, {_TIME}, attempt, more
             FROM {standing("evals", ties="row_number")} ORDER BY step""",
         "events": f"SELECT {_TIME}, step, kind, message, attempt FROM {rows('events')} ORDER BY attempt, n",
@@ -94,7 +84,12 @@ def _views(run_dir: Path) -> dict[str, str]:
             ORDER BY step, layer, expert""",
         "memory": f"""SELECT step, name, bytes, {_TIME}, attempt FROM {standing("memory", ties="rank")}
             ORDER BY step, name""",
-        "spans": f"SELECT {_TIME}, step, name, seconds, attempt FROM {rows('spans')} ORDER BY attempt, n",
+        "spans": f"SELECT {_TIME}, step, name, seconds, attempt FROM ({spans}) ORDER BY attempt, n",
+        # What was done at steps that a later attempt took back was done in vain.
+        "goodput": f"""SELECT name, seconds, seconds / sum(seconds) OVER () AS share
+            FROM (SELECT CASE WHEN step > upto THEN 'repeated' ELSE name END AS name, sum(seconds) AS seconds
+                  FROM ({spans}) JOIN {history} USING (attempt) GROUP BY 1)
+            ORDER BY seconds DESC""",
         "attempts": f"""SELECT attempt, {_TIME}, resumed_at, configuration, environment FROM {rows("attempts")}
             ORDER BY attempt""",
     }
@@ -189,12 +184,15 @@ class Logbook:
         tokens: SupportsInt | None = None,
         tokens_per_second: SupportsFloat | None = None,
         batch_hash: object = None,
+        data_seconds: SupportsFloat | None = None,
+        step_seconds: SupportsFloat | None = None,
         **more: SupportsFloat,
     ) -> None:
         """Log the step that made `state.step` `step`; further numbers go to the column `more`, `more['mfu']` in SQL.
 
         `tokens` are those that the step learned from, `learning_rate` is the one it used, and `batch_hash` is
-        written as the string it makes of itself.
+        written as the string it makes of itself. `data_seconds` is how long the step waited for its batch and
+        `step_seconds` how long it took besides; they are spans too.
         """
         self._row(
             "steps",
@@ -205,6 +203,8 @@ class Logbook:
             tokens=tokens,
             tokens_per_second=tokens_per_second,
             batch_hash=batch_hash,
+            data_seconds=data_seconds,
+            step_seconds=step_seconds,
             more=more,
         )
 
@@ -229,7 +229,7 @@ class Logbook:
         self._row("memory", step=step, name=name, bytes=size)
 
     def span(self, name: str, seconds: SupportsFloat, *, step: int | None = None) -> None:
-        """Log wall time spent: start, compile, data, step, save; the sums of this table are the run's goodput."""
+        """Log wall time spent on something other than a step: start, compile, eval, save; `goodput` sums them up."""
         self._row("spans", step=step, name=name, seconds=seconds)
 
     def flush(self) -> None:

@@ -13,6 +13,7 @@ from vishwamai_eqx.config import AttentionPattern, ModelConfig, Remat
 from vishwamai_eqx.layers import Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
+from vishwamai_eqx.nonfinite import tap
 
 # What the forward pass leaves for backward; "none" leaves all there is.
 REMAT = {
@@ -139,13 +140,15 @@ class VishwamAI(eqx.Module):
         key: PRNGKeyArray | None = None,
         placement: Any = None,
         first_row: Int[Array, ""] | int = 0,
+        probes: Float[Array, "blocks"] | None = None,
     ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None, RouterMetrics | None]:
         """Final hidden states, the cache with the new tokens in it, and the routers' metrics (of `[layers]`).
 
         Segment 0 is padding: it is attended to by nothing and counted nowhere. With a cache, padding comes after a
         row's tokens, and `positions` follow the cache. `key` turns dropout on. `placement` is a tree like the model
         of where its shards lie, when called inside `shard_map`; `first_row` then says which row of the whole batch
-        is the first one here.
+        is the first one here. `probes`, one for the embedding and one for each layer, say by their gradients whose
+        output was not finite: see `nonfinite.tap`.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -158,24 +161,26 @@ class VishwamAI(eqx.Module):
             # The head wants a small embedding and the residual stream one that the branches do not drown: without the
             # factor (2403.08295) preset tiny needed three times the tokens for the same loss.
             x = embedding(tokens) * jnp.asarray(math.sqrt(embedding.weight.shape[1]), dtype)
+        if probes is not None:
+            x = tap(x, probes[0])
 
         angles = rotary_angles(positions, self.blocks.attention.head_dim, self.rope_theta, wide(dtype))
         layers = jax.tree.leaves(self.blocks)[0].shape[0]
         block_placement = placement and jax.tree.map(without_layers, placement.blocks)
 
-        def layer(carry: tuple[Array, KVCache | None], xs: tuple[Block, Array]) -> tuple[tuple, RouterMetrics | None]:
+        def layer(carry: tuple[Array, KVCache | None], xs: Any) -> tuple[tuple, RouterMetrics | None]:
             x, cache = carry
-            shards, index = xs
+            shards, index, probe = xs
             # Gathered here, inside what remat repeats, so that no more than one layer's weights live at a time.
             block = gather(shards, block_placement, dtype)
             slot = None if cache is None else CacheSlot(cache, index)
             layer_key = None if key is None else jax.random.fold_in(key, index)
             x, cache, metrics = block(x, positions, angles, segment_ids, slot, key=layer_key, first_row=first_row)
-            return (x, cache), metrics
+            return (x if probe is None else tap(x, probe), cache), metrics
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        xs = (self.blocks, jnp.arange(layers))
+        xs = (self.blocks, jnp.arange(layers), None if probes is None else probes[1:])
         # With a cache each layer is little work, and unrolling them buys compile time only.
         unroll = min(self.scan_unroll, layers) if cache is None else 1
         (x, cache), metrics = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)

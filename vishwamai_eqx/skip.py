@@ -6,17 +6,18 @@
 A skipped step counts as a step all the same: its batch is behind the run, and the next step has the next one.
 """
 
-import math
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from vishwamai_eqx.config import AXES, GuardConfig
+from vishwamai_eqx import nonfinite
+from vishwamai_eqx.config import GuardConfig
+from vishwamai_eqx.data import BatchHash
 
 Tree = TypeVar("Tree")
 
@@ -34,15 +35,6 @@ class Watch(eqx.Module):
     """Steps taken."""
     skipped: Int[Array, ""]
     """Steps skipped in a row, up to the last one."""
-
-
-class Broken(eqx.Module):
-    """Where numbers were not finite, in the order of the forward pass."""
-
-    outputs: Bool[Array, "blocks"]
-    """Of the embedding and of each layer."""
-    gradients: Bool[Array, "parts"]
-    """Of the embedding's, each layer's and the final norm's and head's parameters."""
 
 
 def begin() -> Watch:
@@ -64,7 +56,7 @@ def judge(
     bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
     bad |= spikes(loss, watch.loss, config.loss_spike) | spikes(grad_norm, watch.grad_norm, config.grad_spike)
     # All devices should see the same numbers. If one sees others, through a fault of its own, it speaks for all.
-    take = ~anywhere(bad)
+    take = nonfinite.devices(bad) == 0
     count = jnp.minimum(watch.taken + 1, WINDOW)
     moved = Watch(
         watch.loss + (loss - watch.loss) / count,
@@ -80,53 +72,68 @@ def choose(take: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda after, before: jnp.where(take, after, before).astype(before.dtype), new, old)
 
 
-def anywhere(flags: Bool[Array, "*shape"]) -> Bool[Array, "*shape"]:
-    """Whether each flag is up on any device."""
-    return jax.lax.psum(jax.lax.pcast(flags.astype(jnp.int32), AXES, to="varying"), AXES) > 0
+def go_on(state: Any, step: Int[Array, ""]) -> Any:
+    """A restored training state at a later step, as if the batches up to it had been seen."""
+    skipped = jax.device_put(jnp.zeros_like(state.watch.skipped), state.watch.skipped.sharding)
+    watch = dataclasses.replace(state.watch, skipped=skipped)
+    return dataclasses.replace(state, step=step, watch=watch)
 
 
-@jax.custom_vjp
-def tap(x: Float[Array, "..."], probe: Float[Array, ""]) -> Float[Array, "..."]:
-    """x, unchanged; the gradient with respect to `probe` is 1 if x was not finite, and else 0.
+def reason(metrics: Any) -> str:
+    """Why a step with those metrics of `train.py` was skipped."""
+    watch, loss, norm = metrics.watch, float(metrics.loss), float(metrics.grad_norm)
+    where = nonfinite.first(metrics.broken, loss)
+    return (
+        f"{f'{where} was the first that was not finite' if where else 'a spike'}; loss {loss:.4g} (mean "
+        f"{float(watch.loss):.4g}), gradient norm {norm:.4g} (mean {float(watch.grad_norm):.4g}), "
+        f"batch {BatchHash(metrics.batch)}"
+    )
 
-    So what the forward pass sees at a layer leaves with the gradients, summed over microbatches and devices as they are.
+
+class Skips:
+    """What the loop does about skipped steps: records each, and says when there are too many.
+
+    A step is looked at when the next one is under way, so that the device always has one to go on with.
+
+    **Arguments**
+
+    - `patience`: so many skipped steps in a row are too many.
+    - `on_event`: called as `on_event("skipped", message, step=step)` for each skipped step.
     """
-    return x
 
+    def __init__(self, patience: int, on_event: Callable[..., None]):
+        self.patience, self._on_event = patience, on_event
+        self.went_back = False
+        """Whether the run has gone back to a checkpoint, and saved none since."""
+        self.streak: list[str] = []
+        """What was recorded of the steps that were skipped in a row."""
+        self._last: tuple[int, Any] | None = None
 
-tap.defvjp(
-    lambda x, probe: (x, (~jnp.isfinite(x).all()).astype(probe.dtype)),
-    lambda broken, gradient: (gradient, broken),
-)
+    def too_many(self, step: int, metrics: Any) -> bool:
+        """Whether the step before `step`, whose metrics are kept for the next call, was one skipped step too many."""
+        last, self._last = self._last, None if metrics is None else (step, metrics)
+        if last is None:
+            return False
+        step, metrics = last
+        skipped = int(metrics.watch.skipped)
+        if not skipped:
+            self.streak.clear()
+            return False
+        message = f"skipped, {skipped} in a row: {reason(metrics)}"
+        self.streak.append(f"step {step}: {message}")
+        self._on_event("skipped", message, step=step)
+        if skipped < self.patience:
+            return False
+        self._last = None
+        return True
 
-
-def broken(outputs: Float[Array, "blocks"], gradients: Any) -> Broken:
-    """Where numbers are not finite: the gradients of the probes, and those of the model."""
-
-    def parts(tree: Any, axes: Callable[[int], tuple[int, ...]]) -> Array:
-        flags = [~jnp.isfinite(leaf).all(axis=axes(leaf.ndim)) for leaf in jax.tree.leaves(tree)]
-        return jnp.stack(flags).any(axis=0)
-
-    def whole(ndim: int) -> tuple[int, ...]:
-        return tuple(range(ndim))
-
-    flags = [
-        parts(gradients.embedding, whole)[None],
-        parts(gradients.blocks, lambda ndim: tuple(range(1, ndim))),
-        parts((gradients.norm, gradients.untied_head), whole)[None],
-    ]
-    return Broken(outputs > 0, anywhere(jnp.concatenate(flags)))
-
-
-def first_broken(broken: Broken, loss: float) -> str | None:
-    """The first thing that was not finite, in the order it was computed: forward, the loss, then backward."""
-    outputs, gradients = np.flatnonzero(broken.outputs), np.flatnonzero(broken.gradients)
-    if outputs.size:
-        return f"the output of {'the embedding' if outputs[0] == 0 else f'layer {outputs[0] - 1}'}"
-    if not math.isfinite(loss):
-        return "the loss"
-    if gradients.size:
-        last = gradients[-1]
-        names = {0: "the embedding", len(broken.gradients) - 1: "the final norm or head"}
-        return f"the gradient of {names.get(last, f'layer {last - 1}')}"
-    return None
+    def report(self) -> str:
+        """What to tell whoever started the run, when it stops for good."""
+        return "\n".join(
+            [
+                f"stopped: {self.patience} steps in a row were skipped, again after going back to a checkpoint",
+                *self.streak[-self.patience :],
+                "--replay STEP does one of them again. Not finite: look at that layer, at that batch, or begin with a "
+                "lower --optim.learning-rate. Spikes that should pass: raise --guard.loss-spike or --guard.grad-spike.",
+            ]
+        )

@@ -9,17 +9,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from vishwamai_eqx import optim
+from vishwamai_eqx import optim, skip
 from vishwamai_eqx.config import ModelConfig
 from vishwamai_eqx.mesh import place
 from vishwamai_eqx.model import VishwamAI, build
 
 
 class TrainState(eqx.Module):
-    """Parameters, optimiser state, and the number of steps that made them. Keys and batches derive from the step."""
+    """Parameters, optimiser state, what their last steps were like, and how many there were.
+
+    Keys and batches derive from the step.
+    """
 
     model: VishwamAI
     opt_state: Any
+    watch: skip.Watch
     step: Int[Array, ""]
 
 
@@ -31,7 +35,8 @@ def abstract_state(config: ModelConfig, compute_dtype: str, transform: optax.Gra
 def placement(state: TrainState, sizes: dict[str, int], transform: optax.GradientTransformation) -> TrainState:
     """A tree like the state of the PartitionSpec of each array."""
     model = place(state.model, sizes)
-    parts = (model, optim.place_state(transform, state.model, model), PartitionSpec())
+    watch = jax.tree.map(lambda _: PartitionSpec(), state.watch)
+    parts = (model, optim.place_state(transform, state.model, model), watch, PartitionSpec())
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(parts))
 
 
@@ -49,4 +54,4 @@ def initialise(
 
 def _init(config: ModelConfig, compute_dtype: str, transform: optax.GradientTransformation, seed: int) -> TrainState:
     model = build(config, compute_dtype, jax.random.key(seed))
-    return TrainState(model, transform.init(model), jnp.zeros((), jnp.int32))
+    return TrainState(model, transform.init(model), skip.begin(), jnp.zeros((), jnp.int32))

@@ -8,24 +8,18 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
-from vishwamai_eqx import manifest
-from vishwamai_eqx.checkpoint import read
-from vishwamai_eqx.logbook import connect
+from tests.histories import SETTINGS, events, numbers, stored, text
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
-SETTINGS = f"""--steps {STEPS} --optim.batch-size 4 --optim.warmup-steps 2 --checkpoint.every 3 --checkpoint.keep 2
-    --eval.every 20 --eval.rows 4 --eval.sample-every 1000 --precision f32
-    --model.vocab-size 400 --model.hidden-size 32 --model.num-layers 1 --model.num-heads 2 --model.num-kv-heads 1
-    --model.num-experts 2 --model.ffn-dim 32 --model.max-seq-len 64 --model.scan-unroll 1""".split()
+OWN = f"--steps {STEPS} --optim.batch-size 4 --checkpoint.every 3 --checkpoint.keep 2 --model.num-layers 1".split()
 
 
-def start(run_dir, text, out):
-    command = [sys.executable, ROOT / "train.py", "--run-dir", run_dir, "--data", text, *SETTINGS]
+def start(run_dir, corpus, out):
+    command = [sys.executable, ROOT / "train.py", "--run-dir", run_dir, "--data", corpus, *SETTINGS, *OWN]
     environment = {**os.environ, "XLA_FLAGS": ""}
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=environment)
 
@@ -35,31 +29,9 @@ def rows(run_dir):
     return sum(path.read_bytes().count(b"\n") for path in (run_dir / "metrics").glob("attempt-*"))
 
 
-def numbers(run_dir):
-    """What the run computed: everything but times and rates."""
-    with connect(run_dir) as connection:
-        return (
-            connection.execute("SELECT step, loss, grad_norm, learning_rate, tokens, batch_hash FROM steps").fetchall(),
-            connection.execute("SELECT step, loss, bits_per_byte FROM evals").fetchall(),
-        )
-
-
-def final_state(run_dir):
-    """Every array of the last checkpoint, by name."""
-    leaves = manifest.read(run_dir / "checkpoints" / str(STEPS))["leaves"]
-    abstract = {leaf["path"]: jax.ShapeDtypeStruct(tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves}
-    return read(run_dir / "checkpoints", abstract, step=STEPS)
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    chance = random.Random(0)
-    words = ["".join(chance.choices("abcdefgh", k=chance.randint(2, 6))) for _ in range(300)]
-    for number in range(40):
-        text = "\n".join(" ".join(chance.choices(words, k=9)) for _ in range(60))
-        (folder / f"{number}.txt").write_text(text)
-    return folder / "*.txt"
+    return text(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +61,9 @@ def kill_and_resume(run_dir, undisturbed, corpus, kills, seed):
             assert run.wait(60) in (-signal.SIGKILL, 143), f"kill {kill} of seed {seed}: {Path(out.name).read_text()}"
         assert start(run_dir, corpus, out).wait(300) == 0, f"seed {seed}: {Path(out.name).read_text()}"
     assert numbers(run_dir) == numbers(undisturbed)
-    with connect(run_dir) as connection:
-        kinds = connection.execute("SELECT DISTINCT kind FROM events").fetchall()
     # No kill looks like damage.
-    assert ("checkpoint_damaged",) not in kinds
-    ours, theirs = final_state(run_dir), final_state(undisturbed)
+    assert "checkpoint_damaged" not in {kind for kind, _, _ in events(run_dir)}
+    ours, theirs = stored(run_dir, STEPS), stored(undisturbed, STEPS)
     assert [name for name in theirs if not np.array_equal(ours[name], theirs[name])] == []
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+from jax.experimental import multihost_utils
 
 from vishwamai_eqx import guard
 from vishwamai_eqx.guard import Signals
@@ -83,3 +84,14 @@ def test_what_was_there_before_is_restored(capfd):
         assert seen == ["before"]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_notice_of_preemption_stops_all_processes_at_its_step(monkeypatch):
+    """As jax has it from the scheduler: true in every process at one step, which need not be an eighth."""
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 5)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda received: received)
+    with Signals(2) as signals:
+        assert [signals.stop(step) for step in range(1, 6)] == [False] * 4 + [True]
+        assert signals.received is signal.SIGTERM and signals.exit_code == 143
+    with Signals(1) as signals:
+        assert not signals.stop(5)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from vishwamai_eqx import logbook
 from vishwamai_eqx.logbook import Logbook, connect, write_views
 
-VIEWS = ("steps", "evals", "events", "samples", "experts", "memory", "spans", "attempts")
+VIEWS = ("steps", "evals", "events", "samples", "experts", "memory", "spans", "goodput", "attempts")
 COLUMNS = {
     "steps": ["step", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "batch_hash"],
     "evals": ["step", "loss", "bits_per_byte"],

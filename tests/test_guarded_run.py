@@ -1,0 +1,125 @@
+"""`train.py` and steps that go wrong: skipped, gone back from, given up; and steps done again by `--replay`."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import train
+from tests.histories import SETTINGS, events, numbers, stored, text
+from vishwamai_eqx.feed import Feed, place
+
+# The mark of a poisoned batch; positions this large change nothing else.
+MARK = 10**6
+
+
+def poison(batch):
+    positions = jax.device_put(batch.positions.at[0, -1, -1].set(MARK), batch.positions.sharding)
+    return batch._replace(positions=positions)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """A function that says which steps' batches make the loss NaN, on the one device that has the marked row."""
+    bad: set[int] = set()
+    right = train.token_loss
+
+    def token_loss(model, specs, hidden, batch):
+        factor = jnp.where((batch.positions >= MARK).any(), jnp.nan, 1.0)
+        return right(model, specs, hidden * factor, batch)
+
+    def feed(dataset, steps, *arguments, **settings):
+        for n, batch in zip(steps, Feed(dataset, steps, *arguments, **settings), strict=True):
+            yield poison(batch) if n + 1 in bad else batch
+
+    class Poisoned:
+        waited = 0.0
+
+        def __init__(self, *arguments, **settings):
+            self.batches = feed(*arguments, **settings)
+
+        def __iter__(self):
+            return self.batches
+
+    monkeypatch.setattr(train, "token_loss", token_loss)
+    monkeypatch.setattr(train, "Feed", Poisoned)
+    monkeypatch.setattr(
+        train, "place", lambda dataset, n, *rest: poison(b) if (b := place(dataset, n, *rest)) and n + 1 in bad else b
+    )
+    return bad.update
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return text(tmp_path_factory.mktemp("text"))
+
+
+def run(run_dir, corpus, *more):
+    own = [
+        "--steps",
+        "24",
+        "--optim.batch-size",
+        "8",
+        "--checkpoint.every",
+        "5",
+        "--guard.patience",
+        "3",
+        "--mesh",
+        "data=8",
+    ]
+    return train.main(["--run-dir", str(run_dir), "--data", corpus, *own, *SETTINGS, *more])
+
+
+def test_back_to_a_checkpoint_and_past_the_batches_and_then_replayed(tmp_path, corpus, poisoned, capsys):
+    poisoned({3, 12, 13, 14})
+    assert run(tmp_path, corpus) == 0
+    rows, _ = numbers(tmp_path)
+    hashes = {row[0]: row[5] for row in rows}
+    skipped = [(step, message) for kind, step, message in events(tmp_path) if kind == "skipped"]
+    assert [step for step, _ in skipped] == [3, 12, 13, 14]
+    # Which row is poisoned does not matter to the hidden states, only to what is made of them.
+    assert "skipped, 1 in a row: the loss was the first that was not finite; loss nan" in skipped[0][1]
+    assert f"batch {hashes[3]}" in skipped[0][1]
+    assert "skipped, 3 in a row" in skipped[3][1]
+    # Step 15 was under way when 14 was looked at.
+    ((_, step, message),) = [event for event in events(tmp_path) if event[0] == "went_back"]
+    assert (step, message) == (15, "to the state of step 10, and on with the batch after step 15")
+    assert list(hashes) == [*range(1, 11), *range(16, 25)]
+    assert all(jnp.isfinite(array).all() for array in stored(tmp_path, 20).values())
+
+    for step in (3, 9, 17):
+        assert run(tmp_path, corpus, "--replay", str(step)) == 0
+        said = capsys.readouterr().out
+        assert said.count("agrees bit for bit") == 3
+        assert ("the step is skipped: the loss was the first" in said) == (step == 3)
+    assert "done again from step 15 on 8 cpu" in said
+
+
+def test_gives_up_with_a_report(tmp_path, corpus, poisoned, capsys):
+    poisoned(set(range(12, 25)))
+    assert run(tmp_path, corpus) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stopped: 3 steps in a row were skipped, again after going back" in said
+    assert [step for kind, step, _ in events(tmp_path) if kind == "skipped"] == [12, 13, 14, 16, 17, 18]
+    assert "stopped" in [kind for kind, _, _ in events(tmp_path)]
+    # The state that it stopped with is as good as that of the checkpoint it went back to.
+    ours, theirs = stored(tmp_path, 15), stored(tmp_path, 10)
+    assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == ["step"]
+
+
+def test_a_step_that_comes_out_otherwise_is_said_so(tmp_path, corpus, capsys):
+    assert run(tmp_path, corpus, "--steps", "6") == 0
+    (segment,) = [path for path in (tmp_path / "metrics").glob("attempt-*") if '"table": "steps"' in path.read_text()]
+    lines = segment.read_text()
+    changed = re.sub(r'("step": 6, "loss": )\d', r"\g<1>1", lines, count=1)
+    assert changed != lines
+    segment.write_text(changed)
+    capsys.readouterr()
+    assert run(tmp_path, corpus, "--steps", "6", "--replay", "5") == 0
+    assert run(tmp_path, corpus, "--steps", "6", "--replay", "6") == 1
+    said = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"loss: [\d.]+ was [\d.]+", said[-3])
+    assert [line.endswith("agrees bit for bit") for line in said[-2:]] == [True, True]
+    assert run(tmp_path, corpus, "--steps", "6", "--replay", "9") == 2
+    assert f"replay=9 must be a step that the logbook of {tmp_path} has; take 6." in capsys.readouterr().err

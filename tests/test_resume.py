@@ -1,0 +1,124 @@
+"""A run that was killed comes back with the numbers it would have had: to the last bit, or on another mesh to 1e-9."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+
+import train
+from tests.histories import SETTINGS, numbers, stored, text
+from tests.small import random_batch, small
+from vishwamai_eqx import data, optim, state
+from vishwamai_eqx.checkpoint import Checkpoints, steps
+from vishwamai_eqx.mesh import make_mesh
+
+# SIGKILL from the thread that saves, once step 20 is saved: the loop is anywhere after it, and 40 cannot be.
+KILLED = """
+import os, signal, sys
+import train
+from vishwamai_eqx.logbook import Logbook
+
+event = Logbook.event
+def event_or_end(self, kind, message, *, step=None):
+    if kind == "checkpoint":
+        os.kill(os.getpid(), signal.SIGKILL)
+    event(self, kind, message, step=step)
+Logbook.event = event_or_end
+train.main(sys.argv[1:])
+"""
+
+
+def arguments(run_dir: Path, corpus: str, devices: int) -> list[str]:
+    own = ["--steps=40", "--optim.batch-size=8", "--checkpoint.every=20", f"--mesh=data={devices}"]
+    return ["--run-dir", str(run_dir), "--data", corpus, *own, *SETTINGS]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, corpus):
+    """For each number of devices a run under way that is going to be killed: they start together."""
+    runs = {}
+    for devices in (1, 8):
+        run_dir = tmp_path_factory.mktemp("killed") / "run"
+        command = [sys.executable, "-c", KILLED, *arguments(run_dir, corpus, devices)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        runs[devices] = (run_dir, process)
+    return runs
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_forty_steps_are_twenty_a_kill_and_twenty(devices, tmp_path, corpus, killed, capsys):
+    assert train.main(arguments(tmp_path / "run", corpus, devices)) == 0
+    run_dir, process = killed[devices]
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == -9, errors
+    assert steps(run_dir / "checkpoints") == [20]
+    assert train.main(arguments(run_dir, corpus, devices)) == 0
+
+    rows, evals = numbers(run_dir)
+    assert [row[0] for row in rows] == list(range(1, 41)) and [row[0] for row in evals] == [20, 40]
+    assert len({row[1] for row in rows}) == len({row[5] for row in rows}) == 40
+    assert (rows, evals) == numbers(tmp_path / "run")
+    ours, theirs = stored(run_dir, 40), stored(tmp_path / "run", 40)
+    assert [name for name in theirs if theirs[name].tobytes() != ours[name].tobytes()] == []
+    assert {name.split("/")[0] for name in theirs} == {"model", "opt_state", "watch", "step"}
+
+
+def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):
+    """The settings are the same, and a file is not."""
+    run_dir, process = killed[1]
+    process.wait(500)
+    victim = Path(corpus).parent / "7.txt"
+    before = victim.read_text()
+    victim.write_text(before.replace("a", "b"))
+    try:
+        assert train.main(arguments(run_dir, corpus, 1)) == 2
+    finally:
+        victim.write_text(before)
+    (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "fingerprint" in line]
+    assert "have changed in mid-run; put them back, or take another --run-dir" in sentence
+
+
+def test_another_mesh_goes_on_with_the_same_batches(tmp_path):
+    """In f64, where what is left of the devices' order of summation is far below 1e-9."""
+    config = small()
+
+    def run(devices: int, first: int, last: int, checkpoints: Checkpoints) -> list[train.Metrics]:
+        sizes = {"data": devices}
+        mesh, transform = make_mesh(sizes), optim.optimizer(config.optim)
+        abstract = state.abstract_state(config.model, "float64", transform)
+        specs = state.placement(abstract, sizes, transform)
+        shardings = state.shardings(mesh, specs)
+        wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
+        new = jax.tree.map(wide, state.initialise(config.model, "float64", transform, 0, shardings))
+        current = new if first == 0 else checkpoints.restore(new)
+        step = train.make_step(config, mesh, specs, transform)
+        metrics = []
+        for n in range(first, last):
+            batch = jax.tree.map(lambda rows: rows[None], random_batch(16, 16, n))
+            current, more = step(current, jax.device_put(batch, NamedSharding(mesh, train.MICROBATCHES)))
+            metrics.append(jax.device_get(more))
+        checkpoints.save(last, current)
+        return metrics
+
+    with jax.enable_x64(True), Checkpoints(tmp_path / "a") as whole, Checkpoints(tmp_path / "b") as resumed:
+        expected = run(8, 0, 12, whole)
+        found = run(8, 0, 6, resumed) + run(2, 6, 12, resumed)
+    hashes = [str(data.BatchHash(one.batch)) for one in found]
+    assert hashes == [data.batch_hash(random_batch(16, 16, n)) for n in range(12)]
+    losses, others = ([one.loss for one in metrics] for metrics in (found, expected))
+    assert losses[0].dtype == np.float64
+    assert np.max(np.abs(np.subtract(losses, others))) < 1e-9
+    # And this is a resume on another mesh: not one step of it was computed as on the first.
+    assert losses[6:] != others[6:]

@@ -1,0 +1,78 @@
+"""Where in a step numbers stopped being finite: which layer's output, or which layer's gradient, was the first."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vishwamai_eqx.config import AXES
+
+
+class Broken(eqx.Module):
+    """Where numbers were not finite, in the order of the forward pass: 0 where all were."""
+
+    outputs: Int[Array, "blocks"]
+    """Of the embedding and of each layer."""
+    gradients: Int[Array, "parts"]
+    """Of the embedding's, each layer's and the final norm's and head's parameters."""
+
+
+def devices(flags: Bool[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """On how many devices each flag is up; within `shard_map`."""
+    return jax.lax.psum(flags.astype(jnp.int32), AXES)
+
+
+def tap(x: Float[Array, "*shape"], probe: Float[Array, ""]) -> Float[Array, "*shape"]:
+    """x, unchanged; the gradient with respect to `probe` is 1 if x was not finite, and else 0; within `shard_map`.
+
+    So what the forward pass sees at a layer leaves with the gradients, summed over microbatches and devices like them.
+    """
+    return _tap(x, jax.lax.pcast(probe, AXES, to="varying"))
+
+
+@jax.custom_vjp
+def _tap(x: Array, probe: Array) -> Array:
+    return x
+
+
+_tap.defvjp(
+    lambda x, probe: (x, (~jnp.isfinite(x).all()).astype(probe.dtype)),
+    lambda broken, gradient: (gradient, broken),
+)
+
+
+def broken(outputs: Float[Array, "blocks"], gradients: Any) -> Broken:
+    """Where numbers are not finite: the gradients of the probes, and those of the model."""
+
+    def parts(tree: Any, axes: Callable[[int], tuple[int, ...]]) -> Array:
+        flags = [~jnp.isfinite(leaf).all(axis=axes(leaf.ndim)) for leaf in jax.tree.leaves(tree)]
+        return jnp.stack(flags).any(axis=0)
+
+    def whole(ndim: int) -> tuple[int, ...]:
+        return tuple(range(ndim))
+
+    flags = [
+        parts(gradients.embedding, whole)[None],
+        parts(gradients.blocks, lambda ndim: tuple(range(1, ndim))),
+        parts((gradients.norm, gradients.untied_head), whole)[None],
+    ]
+    return Broken(outputs.astype(jnp.int32), devices(jnp.concatenate(flags)))
+
+
+def first(broken: Broken, loss: float) -> str | None:
+    """The first thing that was not finite, in the order it was computed: forward, the loss, then backward."""
+    outputs, gradients = np.flatnonzero(broken.outputs), np.flatnonzero(broken.gradients)
+    if outputs.size:
+        return f"the output of {'the embedding' if outputs[0] == 0 else f'layer {outputs[0] - 1}'}"
+    if not math.isfinite(loss):
+        return "the loss"
+    if gradients.size:
+        last = gradients[-1]
+        names = {0: "the embedding", len(broken.gradients) - 1: "the final norm or head"}
+        return f"the gradient of {names.get(last, f'layer {last - 1}')}"
+    return None
