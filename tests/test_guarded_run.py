@@ -108,7 +108,7 @@ def test_gives_up_with_a_report(tmp_path, corpus, poisoned, capsys):
     assert [name for name in ours if ours[name].tobytes() != theirs[name].tobytes()] == ["step"]
 
 
-def test_a_step_that_comes_out_otherwise_is_said_so(tmp_path, corpus, capsys):
+def test_a_step_that_comes_out_otherwise_is_said_so(tmp_path, corpus, poisoned, capsys):
     assert run(tmp_path, corpus, "--steps", "6") == 0
     (segment,) = [path for path in (tmp_path / "metrics").glob("attempt-*") if '"table": "steps"' in path.read_text()]
     lines = segment.read_text()
