@@ -83,14 +83,12 @@ class BlockSizes:
                 )
 
 
-# Where vector memory is 16 MiB, the gradients of 2,048 keys and their copies on the way out take half of it.
-_SMALL = BlockSizes(kv_resident=2048)
-DEFAULTS = {"v2": _SMALL, "v3": _SMALL, "v4": _SMALL}
-
-
-def default_blocks(generation: Generation | None, head_dim: int) -> BlockSizes:
-    """The block sizes for a generation and a padded head_dim; None is the interpreter, which takes any."""
-    blocks = BlockSizes() if generation is None else DEFAULTS.get(generation.name, BlockSizes())
-    # A head wider than a register's lanes takes as many times the memory: fewer keys are resident instead.
-    wide = -(-head_dim // LANES)
-    return blocks if wide == 1 else BlockSizes(kv_resident=max(512, blocks.kv_resident // wide // 512 * 512))
+def default_blocks(generation: Generation | None, head_dim: int, itemsize: int) -> BlockSizes:
+    """The block sizes for a generation, a padded head_dim and the inputs' bytes; None is the interpreter."""
+    # Six passes for each product of f32 numbers hide the fixed costs of a step four times as small.
+    size = 512 if itemsize == 2 else 256
+    # Where vector memory is 16 MiB, the gradients of 2,048 keys and their copies on the way out take half of it. A head
+    # wider than a register's lanes takes as many times the memory.
+    small = generation is not None and generation.vmem <= 16 * 2**20
+    resident = (2048 if small else 8192) // -(-head_dim // LANES)
+    return BlockSizes(size, size, size, size, kv_resident=resident)

@@ -80,7 +80,7 @@ def flash_attention(
     head_dim = q.shape[3]
     # Narrow heads fill half a register's lanes; between 64 and 128 and above, whole registers are as fast.
     padded = 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
-    blocks = default_blocks(generation, padded) if blocks is None else blocks
+    blocks = default_blocks(generation, padded, q.dtype.itemsize) if blocks is None else blocks
     has_blocks = settings.block_mask is not None or operands.block_mask is not None
     blocks = blocks.fitted(q.shape[1], k.shape[1], settings.block_size if has_blocks else None)
     if generation is not None:
