@@ -18,6 +18,8 @@ class Generation:
     """Rows of 16-bit or 32-bit numbers that an MXU takes in a cycle, one pass each."""
     vmem: int
     """Bytes of vector memory."""
+    cores: int = 1
+    """Cores of one device, which share a kernel's parallel grid dimensions."""
     bf16_dot: bool = True
     """Whether the MXU takes bf16 operands; where it does not, they are cast to f32 first."""
 
@@ -29,9 +31,9 @@ GENERATIONS = {
     for it in (
         Generation("v2", "TPU v2", 1, 128, 1, 16 * _MIB, bf16_dot=False),
         Generation("v3", "TPU v3", 2, 128, 1, 16 * _MIB, bf16_dot=False),
-        Generation("v4", "TPU v4", 4, 128, 1, 16 * _MIB),
+        Generation("v4", "TPU v4", 4, 128, 1, 16 * _MIB, cores=2),
         Generation("v5e", "TPU v5 lite", 4, 128, 1, 128 * _MIB),
-        Generation("v5p", "TPU v5", 4, 128, 1, 64 * _MIB),
+        Generation("v5p", "TPU v5", 4, 128, 1, 64 * _MIB, cores=2),
         Generation("v6e", "TPU v6 lite", 2, 256, 2, 128 * _MIB),
         Generation("7x", "TPU7x", 2, 256, 2, 64 * _MIB),
     )

@@ -13,8 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.compat import output_like
-from kernels.flash_attention.pallas_scores import LOG2_E, Block, Position, kept, scores, spec, unseen
-from kernels.flash_attention.pallas_tables import FIRST, LAST, MASKED, VISIBLE, Schedule, kv_block, q_block
+from kernels.flash_attention.pallas_scores import LOG2_E, Block, Position, kept, scores, spec, step_scalars, unseen
+from kernels.flash_attention.pallas_tables import DIAGONAL, FIRST, FULL, LAST, Schedule
 
 
 def backward(
@@ -81,6 +81,7 @@ def _kernel(words, numbers, *rest, names, table, block, first_key):
     dq, dk, dv, dq_sum, dk_sum, dv_sum = rest[len(names) :]
     batch, head, step = pl.program_id(0), pl.program_id(2), pl.program_id(3)
     word = table.word(words, batch, step)
+    scalars = step_scalars(block, numbers, batch, word)
     settings = block.settings
 
     @pl.when((head == 0) & (step == 0))
@@ -92,28 +93,34 @@ def _kernel(words, numbers, *rest, names, table, block, first_key):
     def _():
         dq_sum[...] = jnp.zeros_like(dq_sum)
 
-    def differentiate(masked):
-        kv_start = kv_block(word) * block.kv
-        keys = pl.ds(pl.multiple_of(kv_start - first_key, block.kv), block.kv)
-        values, capped = scores(block, refs["q"][...], refs["k"][...])
-        if masked:
-            values = unseen(block, values, refs, numbers, batch, q_block(word) * block.q, kv_start, 0)
-        probabilities = jnp.exp2(values - refs["lse"][...])
-        d_weights = block.dot(refs["v"][...], refs["g"][...], (1, 1))
+    def differentiate(part, kind):
+        rows, keys = part.queries.slice, part.keys.slice
+        q, g, k = refs["q"][rows, :], refs["g"][rows, :], refs["k"][keys, :]
+        values, capped = scores(block, q, k)
+        if kind != FULL:
+            values = unseen(block, values, refs, scalars, part, kind == DIAGONAL)
+        probabilities = jnp.exp2(values - refs["lse"][:, rows])
+        d_weights = block.dot(refs["v"][keys, :], g, (1, 1))
         attended = probabilities
         if "row_words" in refs:
-            keep = kept(block, refs, kv_start, values.shape)
+            keep = kept(block, refs, scalars, part)
             attended = jnp.where(keep, probabilities, 0.0)
             d_weights = jnp.where(keep, d_weights * (1 / (1 - settings.dropout_rate)), 0.0)
-        d_scores = probabilities * (d_weights - refs["delta"][...])
+        d_scores = probabilities * (d_weights - refs["delta"][:, rows])
         if capped is not None:
             d_scores = d_scores * (1 - capped * capped)
-        dv_sum[keys, :] += block.dot(attended, refs["g"][...])
-        dk_sum[keys, :] += block.dot(d_scores, refs["q"][...])
-        dq_sum[...] += block.dot(refs["k_transposed"][...], d_scores)
+        start = pl.multiple_of(scalars["kv_start"] - first_key, block.kv)
+        resident = pl.ds(start, part.keys.size)
+        dv_sum[resident, :] += block.dot(attended, g)
+        dk_sum[resident, :] += block.dot(d_scores, q)
+        dq_sum[:, rows] += block.dot(refs["k_transposed"][:, keys], d_scores)
 
-    pl.when(word & (VISIBLE | MASKED) == VISIBLE)(functools.partial(differentiate, False))
-    pl.when(word & (VISIBLE | MASKED) == VISIBLE | MASKED)(functools.partial(differentiate, True))
+    def differentiate_all(kind):
+        for part in block.parts(kind == DIAGONAL):
+            differentiate(part, kind)
+
+    for kind in table.kinds:
+        pl.when(word & kind != 0)(functools.partial(differentiate_all, kind))
 
     @pl.when(word & LAST != 0)
     def _():

@@ -22,6 +22,11 @@ class BlockSizes:
     """Queries of a step of the backward pass."""
     kv_backward: int = 512
     """Keys of a step of the backward pass."""
+    chunk: int = 256
+    """Queries whose scores are computed while the exponentials of those before are: fewer do not hide a product's
+    latency, more exceed the registers by more."""
+    chunk_backward: int = 512
+    """The same of the backward pass, whose five products hide each other's latency."""
     kv_resident: int = 8192
     """Keys whose gradients stay in vector memory while all queries pass; longer sequences take several calls."""
 
@@ -35,11 +40,14 @@ class BlockSizes:
             return size
 
         kv_backward = fit(self.kv_backward, kv_len)
+        q, q_backward = fit(self.q, q_len), fit(self.q_backward, q_len)
         return BlockSizes(
-            q=fit(self.q, q_len),
+            q=q,
             kv=fit(self.kv, kv_len),
-            q_backward=fit(self.q_backward, q_len),
+            q_backward=q_backward,
             kv_backward=kv_backward,
+            chunk=math.gcd(self.chunk, q),
+            chunk_backward=math.gcd(self.chunk_backward, q_backward),
             kv_resident=max(self.kv_resident // kv_backward, 1) * kv_backward,
         )
 
@@ -61,7 +69,7 @@ class BlockSizes:
 
     def check(self, generation: Generation, head_dim: int, itemsize: int, masked: bool, kv_len: int) -> None:
         """**Raises** ValueError for blocks that are not multiples of 128 or exceed the vector memory."""
-        for name in ("q", "kv", "q_backward", "kv_backward", "kv_resident"):
+        for name in ("q", "kv", "q_backward", "kv_backward", "chunk", "chunk_backward", "kv_resident"):
             value = getattr(self, name)
             if value < LANES or value % LANES:
                 raise ValueError(
@@ -91,4 +99,4 @@ def default_blocks(generation: Generation | None, head_dim: int, itemsize: int) 
     # wider than a register's lanes takes as many times the memory.
     small = generation is not None and generation.vmem <= 16 * 2**20
     resident = (2048 if small else 8192) // -(-head_dim // LANES)
-    return BlockSizes(size, size, size, size, kv_resident=resident)
+    return BlockSizes(size, size, size, size, chunk_backward=size, kv_resident=resident)

@@ -9,8 +9,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.compat import output_like
-from kernels.flash_attention.pallas_scores import FLOOR, LOG2_E, Block, Position, kept, scores, spec, unseen
-from kernels.flash_attention.pallas_tables import FIRST, LAST, MASKED, VISIBLE, Schedule, kv_block, q_block
+from kernels.flash_attention.pallas_scores import (
+    FLOOR,
+    LOG2_E,
+    Block,
+    Position,
+    kept,
+    scores,
+    spec,
+    step_scalars,
+    unseen,
+)
+from kernels.flash_attention.pallas_tables import DIAGONAL, FIRST, FULL, LAST, Schedule
 
 
 def forward(
@@ -68,6 +78,7 @@ def _kernel(words, numbers, *rest, names, table, block):
     out, lse, top_ref, total_ref, sum_ref = rest[len(names) :]
     batch = pl.program_id(0)
     word = table.word(words, batch, pl.program_id(2))
+    scalars = step_scalars(block, numbers, batch, word)
 
     @pl.when(word & FIRST != 0)
     def _():
@@ -75,22 +86,43 @@ def _kernel(words, numbers, *rest, names, table, block):
         total_ref[...] = jnp.zeros_like(total_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    def attend(masked):
-        kv_start = kv_block(word) * block.kv
-        values, _ = scores(block, refs["q"][...], refs["k"][...])
-        if masked:
-            values = unseen(block, values, refs, numbers, batch, q_block(word) * block.q, kv_start, 0)
-        top = top_ref[...]
+    def weigh(part, values, kind):
+        """The weights of a part's values, and what the sums so far are to be multiplied with."""
+        queries = part.queries.slice
+        if kind != FULL:
+            values = unseen(block, values, refs, scalars, part, kind == DIAGONAL)
+        top = top_ref[:, queries]
         new_top = jnp.maximum(top, jnp.max(values, axis=0, keepdims=True))
         weights, rescale = jnp.exp2(values - new_top), jnp.exp2(top - new_top)
-        total_ref[...] = total_ref[...] * rescale + jnp.sum(weights, axis=0, keepdims=True)
+        total_ref[:, queries] = total_ref[:, queries] * rescale + jnp.sum(weights, axis=0, keepdims=True)
+        top_ref[:, queries] = new_top
         if "row_words" in refs:
-            weights = jnp.where(kept(block, refs, kv_start, weights.shape), weights, 0.0)
-        sum_ref[...] = sum_ref[...] * rescale + block.dot(refs["v"][...], weights)
-        top_ref[...] = new_top
+            weights = jnp.where(kept(block, refs, scalars, part), weights, 0.0)
+        return weights.astype(block.compute), rescale
 
-    pl.when(word & (VISIBLE | MASKED) == VISIBLE)(functools.partial(attend, False))
-    pl.when(word & (VISIBLE | MASKED) == VISIBLE | MASKED)(functools.partial(attend, True))
+    def add(part, weights, rescale):
+        queries = part.queries.slice
+        values = block.dot(refs["v"][:, part.keys.slice], weights)
+        sum_ref[:, queries] = sum_ref[:, queries] * rescale + values
+
+    def attend(kind):
+        # The compiler overlaps what stands together: the products of the next part, the exponentials of this one and
+        # the sums of the last one use different units. In the order of their definition they would wait.
+        parts = block.parts(kind == DIAGONAL)
+        weighed = None
+        products = of_part(parts[0])
+        for index, part in enumerate(parts):
+            following = of_part(parts[index + 1]) if index + 1 < len(parts) else None
+            if weighed is not None:
+                add(parts[index - 1], *weighed)
+            weighed, products = weigh(part, products, kind), following
+        add(parts[-1], *weighed)
+
+    def of_part(part):
+        return scores(block, refs["q"][part.queries.slice, :], refs["k"][part.keys.slice, :])[0]
+
+    for kind in table.kinds:
+        pl.when(word & kind != 0)(functools.partial(attend, kind))
 
     @pl.when(word & LAST != 0)
     def _():

@@ -7,7 +7,7 @@ keys are element-wise over registers, and no product needs a transposed left sid
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from kernels.flash_attention import dropout
 from kernels.flash_attention.pallas_blocks import LANES
+from kernels.flash_attention.pallas_tables import kv_block, q_block
 from kernels.flash_attention.problem import Operands, Settings
 
 # What a score is where a query does not see a key, and below which a row's maximum never falls: the difference's
@@ -25,19 +26,49 @@ LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
+class Strip:
+    """A range of a block's queries or keys."""
+
+    start: int
+    size: int
+
+    @property
+    def slice(self) -> slice:
+        """The range as an index."""
+        return slice(self.start, self.start + self.size)
+
+
+class Part(NamedTuple):
+    """Some queries of a block with some of its keys."""
+
+    queries: Strip
+    keys: Strip
+
+
+@dataclass(frozen=True)
 class Block:
     """The static facts of a kernel."""
 
     q: int
     kv: int
+    chunk: int
+    """Queries of a part."""
     kv_len: int
     """Keys that there are, without padding."""
+    on_diagonal: bool
+    """Whether causal attention masks by position in squares on the diagonal and nowhere else."""
     settings: Settings
     compute: Any
     """The type that products take."""
     precision: lax.Precision
     rows_of: tuple[str, ...]
     """What the scalars hold for each row of the batch, of "q_offset" and "kv_lengths"."""
+
+    def parts(self, diagonal: bool) -> list["Part"]:
+        """Parts of the block that are computed one after the other; on the diagonal, without the keys none sees."""
+        starts = range(0, self.q, self.chunk)
+        keys = [start + self.chunk if diagonal else self.kv for start in starts]
+        return [Part(Strip(start, self.chunk), Strip(0, size)) for start, size in zip(starts, keys, strict=True)]
 
     @property
     def multiplier(self) -> float:
@@ -76,14 +107,12 @@ def element_inputs(
     q_pad, kv_pad = -q_len % q_size, -kv_len % kv_size
     inputs = {}
     if operands.q_segment_ids is not None and operands.kv_segment_ids is not None:
-        for name, ids, pad, size in (
-            ("q_segments", operands.q_segment_ids, q_pad, q_size),
-            ("kv_segments", operands.kv_segment_ids, kv_pad, kv_size),
-        ):
-            row = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, pad)))[:, None]
-            of_queries = name == "q_segments"
-            index = functools.partial(lambda b, h, i, j, of_queries: (b, 0, i if of_queries else j), of_queries=of_queries)
-            inputs[name] = row, spec((None, 1, size), position, index)
+        q_row, kv_row = (
+            jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, pad)))[:, None]
+            for ids, pad in ((operands.q_segment_ids, q_pad), (operands.kv_segment_ids, kv_pad))
+        )
+        inputs["q_segments"] = q_row, spec((None, 1, q_size), position, lambda b, h, i, j: (b, 0, i))
+        inputs["kv_segments"] = kv_row, spec((None, 1, kv_size), position, lambda b, h, i, j: (b, 0, j))
     mask = _element_mask(operands, settings, q_len, kv_len, sizes)
     if mask is not None:
         full = jnp.broadcast_to(mask, (*mask.shape[:2], q_len, kv_len)).astype(jnp.int8)
@@ -126,45 +155,60 @@ def scores(block: Block, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 def unseen(
-    block: Block, values: jax.Array, refs: dict[str, Any], numbers: Any, batch: Any, q_start: Any, kv_start: Any, low: int
+    block: Block, values: jax.Array, refs: dict[str, Any], scalars: dict[str, Any], part: Part, diagonal: bool
 ) -> jax.Array:
-    """The scores with `UNSEEN` where a query does not see a key; `low` is where in the block its first key is."""
-    settings, keys = block.settings, values.shape[0]
-    rows = {name: numbers[_row(numbers, block, index, batch)] for index, name in enumerate(block.rows_of)}
+    """The scores of a part of a block with `UNSEEN` where a query does not see a key."""
+    if diagonal and part.keys.size > part.queries.size:
+        # Only the last square of a strip that ends on the diagonal is cut by it.
+        square = part.keys.size - part.queries.size
+        above = Part(part.queries, Strip(part.keys.start, square))
+        below = Part(part.queries, Strip(part.keys.start + square, part.queries.size))
+        above = _unseen(block, values[:square], refs, scalars, above, False)
+        return jnp.concatenate([above, _unseen(block, values[square:], refs, scalars, below, True)])
+    return _unseen(block, values, refs, scalars, part, diagonal or not block.on_diagonal)
+
+
+def _unseen(block, values, refs, scalars, part, causal):
+    settings = block.settings
     key = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-    # The position of the block's first query, counted from its first key.
-    ahead = q_start + rows.get("q_offset", 0) - kv_start
+    kv_start = scalars["kv_start"] + part.keys.start
+    # The position of the part's first query, counted from its first key.
+    ahead = scalars["q_start"] + part.queries.start + scalars.get("q_offset", 0) - kv_start
+    causal = causal and settings.causal
     conditions = []
-    if settings.causal or settings.window is not None:
+    if causal or settings.window is not None:
         behind = lax.broadcasted_iota(jnp.int32, values.shape, 1) - key
-        if settings.causal:
+        if causal:
             conditions.append(behind >= -ahead)
         if settings.window is not None:
             conditions.append(behind < settings.window - ahead)
-    if "kv_lengths" in rows:
-        conditions.append(key < jnp.minimum(rows["kv_lengths"], block.kv_len) - kv_start)
-    elif block.kv_len % block.kv:
+    if "kv_lengths" in scalars:
+        conditions.append(key < jnp.minimum(scalars["kv_lengths"], block.kv_len) - kv_start)
+    elif block.kv_len % block.kv and not block.on_diagonal:
         conditions.append(key < block.kv_len - kv_start)
     if "q_segments" in refs:
-        kv_segments = jnp.broadcast_to(refs["kv_segments"][:, low : low + keys], (LANES, keys)).T
-        conditions.append(refs["q_segments"][...] == across(kv_segments, values.shape[1]))
+        kv_segments = jnp.broadcast_to(refs["kv_segments"][:, part.keys.slice], (LANES, part.keys.size)).T
+        conditions.append(refs["q_segments"][:, part.queries.slice] == across(kv_segments, part.queries.size))
     if "mask" in refs:
-        conditions.append(refs["mask"][low : low + keys, :].astype(jnp.int32) != 0)
+        conditions.append(refs["mask"][part.keys.slice, part.queries.slice].astype(jnp.int32) != 0)
     return jnp.where(functools.reduce(jnp.logical_and, conditions), values, UNSEEN) if conditions else values
 
 
-def kept(block: Block, refs: dict[str, Any], kv_start: Any, shape: tuple[int, int]) -> jax.Array:
+def step_scalars(block: Block, numbers: Any, batch: Any, word: Any) -> dict[str, Any]:
+    """What a step's masks count with: the first query and key of its block, and the row's numbers."""
+    batches = numbers.shape[0] // max(1, len(block.rows_of))
+    rows = {name: numbers[index * batches + batch] for index, name in enumerate(block.rows_of)}
+    return {"q_start": q_block(word) * block.q, "kv_start": kv_block(word) * block.kv, **rows}
+
+
+def kept(block: Block, refs: dict[str, Any], scalars: dict[str, Any], part: Part) -> jax.Array:
     """True where dropout keeps an element of [keys, queries]."""
-    key = kv_start + lax.broadcasted_iota(jnp.int32, (shape[0], LANES), 0)
-    row, second = refs["row_words"][0:1, :], refs["row_words"][1:2, :]
-    column = across(dropout.column_word(key), shape[1])
+    key = lax.broadcasted_iota(jnp.int32, (part.keys.size, LANES), 0) + (scalars["kv_start"] + part.keys.start)
+    row, second = (refs["row_words"][index : index + 1, part.queries.slice] for index in (0, 1))
+    column = across(dropout.column_word(key), part.queries.size)
     return dropout.combine(block.settings.dropout_rate, row, second, column)
 
 
 def across(x: jax.Array, width: int) -> jax.Array:
     """What every lane of [rows, LANES] holds, in `width` lanes: the same registers again."""
     return jnp.concatenate([x] * (width // LANES), axis=1)
-
-
-def _row(numbers, block, index, batch):
-    return index * (numbers.shape[0] // len(block.rows_of)) + batch

@@ -14,9 +14,10 @@ import numpy as np
 from kernels.flash_attention.problem import Operands, Settings
 from kernels.flash_attention.scores import block_mask_of
 
-FIRST, LAST, VISIBLE, MASKED = 1, 2, 4, 8
-"""The first and the last step of a block of queries; whether to compute; whether elements are masked there."""
-_FLAG_BITS, _KV_BITS = 4, 14
+FIRST, LAST, FULL, MASKED, DIAGONAL = 1, 2, 4, 8, 16
+"""The first and the last step of a block of queries; of what is computed at most one: everything is seen, elements are
+masked, or elements are masked and the block is a square on the diagonal of causal attention."""
+_FLAG_BITS, _KV_BITS, _Q_BITS = 5, 14, 12
 
 
 class Schedule(NamedTuple):
@@ -26,6 +27,8 @@ class Schedule(NamedTuple):
     """int32 [rows of the table * length]; one row serves the whole batch where nothing depends on it."""
     steps: int | jax.Array
     rows: int
+    kinds: tuple[int, ...]
+    """Which of FULL, MASKED and DIAGONAL there may be: a kernel has no code for the others."""
 
     def word(self, ref: Any, batch: Any, step: Any) -> Any:
         """The step's word, from the table's reference in scalar memory."""
@@ -55,10 +58,10 @@ def schedule(
     seen, full = _visible_blocks(q_len, kv_len, q_size, kv_size, operands, settings)
     xp = np if isinstance(seen, np.ndarray) and isinstance(full, np.ndarray) else jnp
     rows, q_blocks, kv_blocks = np.broadcast_shapes(seen.shape, full.shape)
-    if kv_blocks >= 2**_KV_BITS or q_blocks >= 2**13:
+    if kv_blocks >= 2**_KV_BITS or q_blocks >= 2**_Q_BITS:
         raise ValueError(
             f"flash_attention: q_len={q_len} and kv_len={kv_len} make {q_blocks} x {kv_blocks} blocks of {q_size} x "
-            f"{kv_size}, at most 8191 x 16383 are possible; use larger block sizes"
+            f"{kv_size}, at most 4095 x 16383 are possible; use larger block sizes"
         )
     first, last = kv_range[0] // kv_size, -(-kv_range[1] // kv_size)
     seen, full = (xp.broadcast_to(x, (rows, q_blocks, kv_blocks))[:, :, first:last] for x in (seen, full))
@@ -67,7 +70,11 @@ def schedule(
     before = xp.cumsum(visited, axis=2)
     words = (np.arange(q_blocks)[:, None] << (_FLAG_BITS + _KV_BITS)) | (columns << _FLAG_BITS)
     words = words | FIRST * (before == 1) | LAST * (before == before[:, :, -1:])
-    words = words | VISIBLE * seen | MASKED * (seen & ~full)
+    diagonal = np.zeros((q_blocks, len(columns)), bool)
+    if on_diagonal(lengths, sizes, operands, settings):
+        diagonal = np.arange(q_blocks)[:, None] == columns
+    flags = {FULL: seen & full, MASKED: seen & ~full & ~diagonal, DIAGONAL: seen & ~full & diagonal}
+    words = words | sum(flag * where for flag, where in flags.items())
     words, visited = words.reshape(rows, -1), visited.reshape(rows, -1)
     counts = visited.sum(axis=1)
     order = xp.argsort(~visited, axis=1, stable=True)
@@ -80,7 +87,13 @@ def schedule(
     final = xp.take_along_axis(words, counts[:, None] - 1, axis=1)
     idle = final & ~(2**_FLAG_BITS - 1)
     words = xp.where(np.arange(length) < counts[:, None], words[:, :length], idle)
-    return Schedule(jnp.asarray(words, jnp.int32).reshape(-1), steps, rows)
+    kinds = tuple(flag for flag, where in flags.items() if not isinstance(where, np.ndarray) or where.any())
+    return Schedule(jnp.asarray(words, jnp.int32).reshape(-1), steps, rows, kinds)
+
+
+def on_diagonal(lengths: tuple[int, int], sizes: tuple[int, int], operands: Operands, settings: Settings) -> bool:
+    """Whether causal attention masks by position in squares on the diagonal and nowhere else."""
+    return settings.causal and operands.q_offset is None and sizes[0] == sizes[1] and lengths[0] <= lengths[1]
 
 
 def _visible_blocks(q_len, kv_len, q_size, kv_size, operands, settings):

@@ -18,10 +18,9 @@ from kernels.flash_attention.pallas_backward import backward
 from kernels.flash_attention.pallas_blocks import LANES, SHARE_OF_VMEM, BlockSizes, default_blocks
 from kernels.flash_attention.pallas_forward import forward
 from kernels.flash_attention.pallas_scores import LOG2_E, Block, element_inputs, scalars
-from kernels.flash_attention.pallas_tables import kv_block, q_block, schedule
+from kernels.flash_attention.pallas_tables import kv_block, on_diagonal, q_block, schedule
 from kernels.flash_attention.problem import Operands, Settings
 from kernels.tpu import Generation, current_generation
-
 
 DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -41,17 +40,20 @@ class _Plan:
         params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
         return {"interpret": self.interpret or False, "compiler_params": params}
 
-    def block(self, sizes: tuple[int, int], kv_len: int, dtype: Any, settings: Settings, rows_of: tuple[str, ...]):
-        """The static facts of a kernel for inputs of `dtype`."""
+    def block(
+        self, sizes: tuple[int, int, int], lengths: tuple[int, int], dtype: Any, operands: Operands, settings: Settings
+    ) -> Block:
+        """The static facts of a kernel: sizes of (queries, keys, parts), lengths of (queries, keys), inputs' type."""
         native = self.generation is None or self.generation.bf16_dot
         return Block(
             *sizes,
-            kv_len=kv_len,
+            kv_len=lengths[1],
+            on_diagonal=on_diagonal(lengths, sizes[:2], operands, settings),
             settings=settings,
             compute=dtype if native else jnp.float32,
             # bf16 numbers are exact in one pass; f32 ones need several for the accuracy that f32 promises.
             precision=lax.Precision.DEFAULT if dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
-            rows_of=rows_of,
+            rows_of=scalars(operands, 1)[1],
         )
 
 
@@ -96,8 +98,8 @@ def _forward(q, k, v, operands, settings, plan):
     kv_len = k.shape[1]
     sizes = plan.blocks.q, plan.blocks.kv
     table = schedule((q_len, kv_len), sizes, operands, settings, (0, kv_len))
-    numbers, rows_of = scalars(operands, batch)
-    block = plan.block(sizes, kv_len, q.dtype, settings, rows_of)
+    numbers, _ = scalars(operands, batch)
+    block = plan.block((*sizes, plan.blocks.chunk), (q_len, kv_len), q.dtype, operands, settings)
 
     def position(b, h, step, words, numbers):
         word = table.word(words, b, step)
@@ -129,8 +131,8 @@ def _backward(settings, plan, saved, cotangents):
     kv_len, kv_heads = k.shape[1:3]
     group = heads // kv_heads
     sizes = plan.blocks.q_backward, plan.blocks.kv_backward
-    numbers, rows_of = scalars(operands, batch)
-    block = plan.block(sizes, kv_len, q.dtype, settings, rows_of)
+    numbers, _ = scalars(operands, batch)
+    block = plan.block((*sizes, plan.blocks.chunk_backward), (q_len, kv_len), q.dtype, operands, settings)
     # A row without keys: its probabilities are powers of minus infinity, and what the caller makes of its log-sum-exp
     # may be anything.
     empty = lse == -jnp.inf

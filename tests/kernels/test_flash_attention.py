@@ -40,7 +40,9 @@ def shrink(monkeypatch, regime):
     # Interpreted registers may have any number of lanes; blocks of 75 queries and keys then come in several.
     monkeypatch.setattr(pallas_blocks, "LANES", 8)
     monkeypatch.setattr(pallas_scores, "LANES", 8)
-    small = pallas_blocks.BlockSizes(q=32, kv=24, q_backward=24, kv_backward=16, kv_resident=48)
+    small = pallas_blocks.BlockSizes(
+        q=32, kv=32, q_backward=24, kv_backward=24, chunk=16, chunk_backward=8, kv_resident=48
+    )
     monkeypatch.setattr(pallas_tpu, "default_blocks", lambda *_: small)
 
 
