@@ -69,6 +69,7 @@ def flash_attention(
 
     **Raises** ValueError for settings that contradict each other or the shapes.
     """
+    _check_shapes(q, k, v)
     _check(q, k, segment_ids, window, softcap, scale, block_size, dropout_rate, dropout_key, k_scale, v_scale)
     automatic = "xla" if current_generation() is None or q.dtype not in pallas_tpu.DTYPES else "pallas_tpu"
     name = choose("flash_attention", implementation, _IMPLEMENTATIONS, automatic)
@@ -107,6 +108,20 @@ def flash_attention(
     with jax.named_scope("flash_attention"):
         out, lse = attend(q, k, v, operands, settings)
     return (out, lse) if return_lse else out
+
+
+def _check_shapes(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"flash_attention: {name} has shape {list(x.shape)}, expected 4 axes [batch, length, heads, head_dim]; "
+                "add those of size 1"
+            )
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(
+            f"flash_attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must agree in batch and "
+            "head_dim, k and v in all axes; pass [batch, length, heads, head_dim]"
+        )
 
 
 def _check(q, k, segment_ids, window, softcap, scale, block_size, dropout_rate, dropout_key, k_scale, v_scale) -> None:

@@ -40,17 +40,20 @@ class _Plan:
         params = pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=limit)
         return {"interpret": self.interpret or False, "compiler_params": params}
 
+    def compute(self, dtype: Any) -> Any:
+        """The type that the MXU takes for inputs of `dtype`."""
+        return dtype if self.generation is None or self.generation.bf16_dot else jnp.float32
+
     def block(
         self, sizes: tuple[int, int, int], lengths: tuple[int, int], dtype: Any, operands: Operands, settings: Settings
     ) -> Block:
         """The static facts of a kernel: sizes of (queries, keys, parts), lengths of (queries, keys), inputs' type."""
-        native = self.generation is None or self.generation.bf16_dot
         return Block(
             *sizes,
             kv_len=lengths[1],
             on_diagonal=on_diagonal(lengths, sizes[:2], operands, settings),
             settings=settings,
-            compute=dtype if native else jnp.float32,
+            compute=self.compute(dtype),
             # bf16 numbers are exact in one pass; f32 ones need several for the accuracy that f32 promises.
             precision=lax.Precision.DEFAULT if dtype == jnp.bfloat16 else lax.Precision.HIGHEST,
             rows_of=scalars(operands, 1)[1],
@@ -82,11 +85,12 @@ def flash_attention(
     head_dim = q.shape[3]
     # Narrow heads fill half a register's lanes; between 64 and 128 and above, whole registers are as fast.
     padded = 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
-    blocks = default_blocks(generation, padded, q.dtype.itemsize) if blocks is None else blocks
+    blocks = default_blocks(generation, padded, q.dtype) if blocks is None else blocks
     has_blocks = settings.block_mask is not None or operands.block_mask is not None
     blocks = blocks.fitted(q.shape[1], k.shape[1], settings.block_size if has_blocks else None)
     if generation is not None:
-        blocks.check(generation, padded, q.dtype.itemsize, operands.mask is not None, k.shape[1])
+        itemsize = q.dtype.itemsize if generation.bf16_dot else 4
+        blocks.check(generation, padded, itemsize, operands.mask is not None, k.shape[1])
     q, k, v, operands = vary_alike((q, k, v, operands))
     q, k, v = (_pad(x, 3, padded) for x in (q, k, v))
     out, lse = _attend(q, k, v, operands, settings, _Plan(blocks, generation, interpret))
@@ -107,8 +111,8 @@ def _forward(q, k, v, operands, settings, plan):
 
     out, lse = forward(
         _scaled(q, block),
-        _heads_first(k, block.kv),
-        _heads_first(v, block.kv).swapaxes(2, 3),
+        _heads_first(k, block.kv, block),
+        _heads_first(v, block.kv, block).swapaxes(2, 3),
         element_inputs(operands, settings, (batch, heads, q_len, kv_len), sizes, position),
         numbers,
         table,
@@ -116,7 +120,7 @@ def _forward(q, k, v, operands, settings, plan):
         block,
         plan.options(2, 1),
     )
-    return out[:, :, :, :q_len].transpose(0, 3, 1, 2), lse[:, :, 0, :q_len]
+    return out[:, :, :, :q_len].transpose(0, 3, 1, 2).astype(q.dtype), lse[:, :, 0, :q_len]
 
 
 def _saving(q, k, v, operands, settings, plan):
@@ -139,9 +143,9 @@ def _backward(settings, plan, saved, cotangents):
     delta = jnp.einsum("bqhd,bqhd->bhq", out, g, preferred_element_type=jnp.float32) - jnp.where(empty, 0.0, g_lse)
     statistics = (jnp.where(empty, 1e30, lse * LOG2_E), delta)
     thin = [_pad(x, 2, -(-q_len // block.q) * block.q)[:, :, None] for x in statistics]
-    rows = _scaled(q, block), _heads_first(g, block.q), *thin
-    keys = _heads_first(k, block.kv)
-    columns = keys, _heads_first(v, block.kv), keys.swapaxes(2, 3)
+    rows = _scaled(q, block), _heads_first(g, block.q, block), *thin
+    keys = _heads_first(k, block.kv, block)
+    columns = keys, _heads_first(v, block.kv, block), keys.swapaxes(2, 3)
 
     def chunk(start):
         """The gradients of k and v for the keys from `start` that stay in vector memory, and their share of dq."""
@@ -154,13 +158,13 @@ def _backward(settings, plan, saved, cotangents):
 
         elements = element_inputs(operands, settings, (batch, heads, q_len, kv_len), sizes, position)
         whole = stop - start == keys.shape[2]
-        dtype = q.dtype if whole else jnp.float32
+        dtype = block.compute if whole else jnp.float32
         options = plan.options(2, 2)
         return backward(rows, columns, elements, numbers, table, position, block, (start, stop), dtype, options)
 
     dqs, dks, dvs = zip(*(chunk(at) for at in range(0, keys.shape[2], plan.blocks.kv_resident)), strict=True)
     dq = sum(dqs[1:], start=dqs[0]).astype(q.dtype)[:, :, :, :q_len].transpose(0, 3, 1, 2)
-    dk, dv = (jnp.concatenate(x, axis=2)[:, :, :kv_len].swapaxes(1, 2) for x in (dks, dvs))
+    dk, dv = (jnp.concatenate(x, axis=2)[:, :, :kv_len].swapaxes(1, 2).astype(q.dtype) for x in (dks, dvs))
     return dq, dk, dv, None
 
 
@@ -170,12 +174,16 @@ _attend.defvjp(_saving, _backward)
 
 def _scaled(q, block):
     """Queries times what their scores are multiplied with anyway, so that a score costs no multiplication."""
-    return _heads_first((q.astype(jnp.float32) * block.multiplier).astype(q.dtype), block.q)
+    return _heads_first((q.astype(jnp.float32) * block.multiplier).astype(q.dtype), block.q, block)
 
 
-def _heads_first(x, size):
-    """[batch, length, heads, head_dim] to [batch, heads, length, head_dim], padded to whole blocks."""
-    return _pad(x, 1, -(-x.shape[1] // size) * size).swapaxes(1, 2)
+def _heads_first(x, size, block):
+    """[batch, length, heads, head_dim] to [batch, heads, length, head_dim], padded to whole blocks.
+
+    In the type of the products: where that is f32 for bf16 inputs, a cast on the way costs less than in the kernel,
+    which reads a block many times and takes bf16 registers apart slowly.
+    """
+    return _pad(x.astype(block.compute), 1, -(-x.shape[1] // size) * size).swapaxes(1, 2)
 
 
 def _pad(x, axis, size):
