@@ -17,7 +17,7 @@ from tests.kernels.comparison import normal
 BATCH = 2
 
 
-@settings(max_examples=60)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_tables_name_exactly_the_blocks_that_are_seen(data):
     def draw(strategy, label):
@@ -27,9 +27,10 @@ def test_tables_name_exactly_the_blocks_that_are_seen(data):
         values = st.none() | st.lists(st.integers(low, high), min_size=BATCH, max_size=BATCH).map(jnp.asarray)
         return draw(values, label)
 
-    q_len, kv_len = draw(st.integers(1, 40), "q_len"), draw(st.integers(1, 40), "kv_len")
-    q_size, kv_size = draw(st.sampled_from([8, 16]), "q_size"), draw(st.sampled_from([8, 16]), "kv_size")
-    size = draw(st.sampled_from([4, 8, 13]), "block_size")
+    # A few shapes only: each is compiled, operation by operation.
+    q_len, kv_len, q_size, kv_size, size = draw(
+        st.sampled_from([(24, 40, 8, 16, 8), (40, 24, 16, 8, 4), (33, 33, 8, 8, 13)]), "shapes"
+    )
     generator = np.random.default_rng(draw(st.integers(0, 99), "seed"))
     block_mask = generator.random((-(-q_len // size), -(-kv_len // size))) < 0.6
     known, traced = draw(st.sampled_from([(None, None), (True, None), (None, True)]), "block mask")
