@@ -109,14 +109,15 @@ def _kernel(words, numbers, *rest, names, table, block):
         # The compiler overlaps what stands together: the products of the next part, the exponentials of this one and
         # the sums of the last one use different units. In the order of their definition they would wait.
         parts = block.parts(kind == DIAGONAL)
-        weighed = None
+        weighed = []
         products = of_part(parts[0])
         for index, part in enumerate(parts):
             following = of_part(parts[index + 1]) if index + 1 < len(parts) else None
-            if weighed is not None:
-                add(parts[index - 1], *weighed)
-            weighed, products = weigh(part, products, kind), following
-        add(parts[-1], *weighed)
+            if weighed:
+                add(parts[index - 1], *weighed.pop())
+            weighed.append(weigh(part, products, kind))
+            products = following
+        add(parts[-1], *weighed.pop())
 
     def of_part(part):
         return scores(block, refs["q"][part.queries.slice, :], refs["k"][part.keys.slice, :])[0]

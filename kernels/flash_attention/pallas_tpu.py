@@ -4,6 +4,7 @@ Layouts, padding to whole blocks, and the gradient's definition; the kernels are
 and what they visit is `pallas_tables`.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +164,7 @@ def _backward(settings, plan, saved, cotangents):
         return backward(rows, columns, elements, numbers, table, position, block, (start, stop), dtype, options)
 
     dqs, dks, dvs = zip(*(chunk(at) for at in range(0, keys.shape[2], plan.blocks.kv_resident)), strict=True)
-    dq = sum(dqs[1:], start=dqs[0]).astype(q.dtype)[:, :, :, :q_len].transpose(0, 3, 1, 2)
+    dq = functools.reduce(jnp.add, dqs).astype(q.dtype)[:, :, :, :q_len].transpose(0, 3, 1, 2)
     dk, dv = (jnp.concatenate(x, axis=2)[:, :, :kv_len].swapaxes(1, 2).astype(q.dtype) for x in (dks, dvs))
     return dq, dk, dv, None
 
