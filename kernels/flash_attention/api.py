@@ -1,5 +1,6 @@
 """The public `flash_attention`: validation, and the choice of an implementation."""
 
+import functools
 import math
 from typing import Any
 
@@ -9,10 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
 from kernels.choice import choose
-from kernels.flash_attention import reference, xla
+from kernels.flash_attention import pallas_tpu, reference, xla
 from kernels.flash_attention.problem import Operands, Settings
+from kernels.tpu import current_generation
 
-_IMPLEMENTATIONS = {"reference": reference.flash_attention, "xla": xla.flash_attention}
+_IMPLEMENTATIONS = {
+    "reference": reference.flash_attention,
+    "xla": xla.flash_attention,
+    "pallas_tpu": pallas_tpu.flash_attention,
+}
 
 Attended = Float[Array, "batch q_len heads head_dim"]
 LogSumExp = Float[Array, "batch heads q_len"]
@@ -56,15 +62,21 @@ def flash_attention(
     - `k_scale` and `v_scale` multiply a quantised k and v, a number for each key and kv head (sizes of 1 broadcast).
     - Dropout keeps an element by a hash of (dropout_key, batch row, head, position of the query, index of the key),
       the same in every implementation; `dropout_offset` is the global (batch row, head) of a shard's first ones.
+    - `interpret` runs the Pallas kernels without a TPU: `pltpu.InterpretParams()`, or True.
     - `return_lse` adds the log-sum-exp of each row, f32 [batch, heads, q_len], with its gradient.
 
     Flash attention is arXiv 2205.14135 and 2307.08691; soft-cap is arXiv 2408.00118.
 
     **Raises** ValueError for settings that contradict each other or the shapes.
     """
+    _check_shapes(q, k, v)
     _check(q, k, segment_ids, window, softcap, scale, block_size, dropout_rate, dropout_key, k_scale, v_scale)
-    name = choose("flash_attention", implementation, _IMPLEMENTATIONS, "xla")
-    if interpret:
+    automatic = "xla" if current_generation() is None or q.dtype not in pallas_tpu.DTYPES else "pallas_tpu"
+    name = choose("flash_attention", implementation, _IMPLEMENTATIONS, automatic)
+    attend = _IMPLEMENTATIONS[name]
+    if name == "pallas_tpu":
+        attend = functools.partial(pallas_tpu.flash_attention, interpret=interpret)
+    elif interpret:
         raise ValueError(
             f"flash_attention: interpret={interpret!r} has no meaning for implementation {name!r}; "
             "leave it out: only Pallas kernels can be interpreted"
@@ -94,8 +106,22 @@ def flash_attention(
     )
     k, v = _dequantise(k, k_scale, q.dtype), _dequantise(v, v_scale, q.dtype)
     with jax.named_scope("flash_attention"):
-        out, lse = _IMPLEMENTATIONS[name](q, k, v, operands, settings)
+        out, lse = attend(q, k, v, operands, settings)
     return (out, lse) if return_lse else out
+
+
+def _check_shapes(q, k, v) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(
+                f"flash_attention: {name} has shape {list(x.shape)}, expected 4 axes [batch, length, heads, head_dim]; "
+                "add those of size 1"
+            )
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(
+            f"flash_attention: q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} must agree in batch and "
+            "head_dim, k and v in all axes; pass [batch, length, heads, head_dim]"
+        )
 
 
 def _check(q, k, segment_ids, window, softcap, scale, block_size, dropout_rate, dropout_key, k_scale, v_scale) -> None:

@@ -23,11 +23,31 @@ def keep(
 
     Keep batch, head and query of size 1 along the kv axis, and kv of size 1 along theirs: that is what makes it cheap.
     """
+    return combine(rate, *row_words(key, batch, head, query), column_word(kv))
+
+
+def row_words(
+    key: UInt32[Array, " words"],
+    batch: Int[Array, "*#shape"],
+    head: Int[Array, "*#shape"],
+    query: Int[Array, "*#shape"],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """The two words of a row of scores."""
     row = jnp.uint32(_GOLDEN)
     for part in (*(key[i] for i in range(key.shape[0])), batch, head, query):
         row = _mix(row * jnp.uint32(5) + jnp.asarray(part).astype(jnp.uint32))
-    second = _mix(row ^ jnp.uint32(_GOLDEN))
-    column = _mix(kv.astype(jnp.uint32) + jnp.uint32(_GOLDEN))
+    return row, _mix(row ^ jnp.uint32(_GOLDEN))
+
+
+def column_word(kv: Int[Array, "*shape"]) -> UInt32[Array, "*shape"]:
+    """The word of a column of scores."""
+    return _mix(kv.astype(jnp.uint32) + jnp.uint32(_GOLDEN))
+
+
+def combine(
+    rate: float, row: UInt32[Array, "*#shape"], second: UInt32[Array, "*#shape"], column: UInt32[Array, "*#shape"]
+) -> Bool[Array, "..."]:
+    """Whether the element of a row and a column is kept."""
     x = (row ^ column) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15) ^ second) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))

@@ -10,15 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.flash_attention import tiles, xla
+from kernels.flash_attention import pallas_blocks, pallas_scores, pallas_tpu, tiles, xla
 from tests.kernels.comparison import assert_close, normal
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 
 
-@pytest.fixture(params=["short", "tiles"])
+# The arguments that ask for each form: the two regimes of the XLA form, and the TPU kernels, interpreted.
+FORMS = {
+    "reference": {"implementation": "reference"},
+    "short": {"implementation": "xla"},
+    "tiles": {"implementation": "xla"},
+    "pallas_tpu": {"implementation": "pallas_tpu", "interpret": True},
+}
+
+
+@pytest.fixture(params=["short", "tiles", "pallas_tpu"])
 def form(request, monkeypatch):
-    """The two regimes of the XLA form, with blocks small enough that short sequences have several."""
+    """Each form, with blocks small enough that short sequences have several."""
     shrink(monkeypatch, request.param)
     return request.param
 
@@ -28,6 +37,13 @@ def shrink(monkeypatch, regime):
     monkeypatch.setattr(xla, "SHORT", 0 if regime == "tiles" else 10**9)
     monkeypatch.setattr(tiles, "QUERIES", 32)
     monkeypatch.setattr(tiles, "KEYS", 24)
+    # Interpreted registers may have any number of lanes; blocks of 75 queries and keys then come in several.
+    monkeypatch.setattr(pallas_blocks, "LANES", 8)
+    monkeypatch.setattr(pallas_scores, "LANES", 8)
+    small = pallas_blocks.BlockSizes(
+        q=32, kv=32, q_backward=24, kv_backward=24, chunk=16, chunk_backward=8, kv_resident=48
+    )
+    monkeypatch.setattr(pallas_tpu, "default_blocks", lambda *_: small)
 
 
 def inputs(q_len=75, kv_len=75, dtype=jnp.float32, heads=HEADS, kv_heads=KV_HEADS, batch=BATCH):
@@ -63,12 +79,12 @@ CASES = {
 }
 
 
-def value_and_gradients(implementation, operands, arguments):
+def value_and_gradients(form, operands, arguments):
     """Result, log-sum-exp and gradients of a loss that uses both."""
     direction = normal(9, operands[0].shape)
 
     def loss(q, k, v):
-        out, lse = kernels.flash_attention(q, k, v, implementation=implementation, return_lse=True, **arguments)
+        out, lse = kernels.flash_attention(q, k, v, return_lse=True, **FORMS[form], **arguments)
         total = jnp.sum(out.astype(jnp.float32) * direction) + jnp.sum(jnp.where(jnp.isinf(lse), 0, jnp.sin(lse)))
         return total, (out, lse)
 
@@ -86,22 +102,24 @@ def expected(name, dtype):
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients_match_the_reference(name, form):
     lengths, arguments = CASES[name]
-    actual = value_and_gradients("xla", inputs(**lengths), arguments)
+    actual = value_and_gradients(form, inputs(**lengths), arguments)
     assert_close(actual, expected(name, jnp.float32), jnp.float32, name)
 
 
 @pytest.mark.parametrize("name", ["segments", "dropout"])
 def test_bf16_matches_the_reference_of_the_rounded_inputs(name, form):
     lengths, arguments = CASES[name]
-    actual = value_and_gradients("xla", inputs(dtype=jnp.bfloat16, **lengths), arguments)
+    actual = value_and_gradients(form, inputs(dtype=jnp.bfloat16, **lengths), arguments)
     assert actual["out"].dtype == jnp.bfloat16 and actual["lse"].dtype == jnp.float32
     assert_close(actual, expected(name, jnp.bfloat16), jnp.bfloat16, name)
 
 
-def test_f64_is_computed_in_f64(form):
+@pytest.mark.parametrize("regime", ["short", "tiles"])
+def test_f64_is_computed_in_f64(regime, monkeypatch):
+    shrink(monkeypatch, regime)
     with jax.enable_x64(True):
         operands = inputs(dtype=jnp.float64)
-        both = [value_and_gradients(name, operands, {"segment_ids": SEGMENTS}) for name in ("xla", "reference")]
+        both = [value_and_gradients(name, operands, {"segment_ids": SEGMENTS}) for name in (regime, "reference")]
         assert both[0]["out"].dtype == jnp.float64
         assert_close(*both, jnp.float64, "f64")
 
@@ -162,7 +180,7 @@ def loop(q, k, v, causal, window, softcap, offset, lengths, q_segments, kv_segme
 
 @settings(max_examples=5)
 @given(data=st.data())
-@pytest.mark.parametrize("regime", ["reference", "short", "tiles"])
+@pytest.mark.parametrize("regime", FORMS)
 def test_any_shape_and_mask_matches_a_loop(regime, data):
     def draw(strategy, label):
         return data.draw(strategy, label=label)
@@ -188,7 +206,7 @@ def test_any_shape_and_mask_matches_a_loop(regime, data):
                 causal=causal,
                 window=window,
                 softcap=softcap,
-                implementation="reference" if regime == "reference" else "xla",
+                **FORMS[regime],
             )
         )(
             *operands,
@@ -202,21 +220,22 @@ def test_any_shape_and_mask_matches_a_loop(regime, data):
 
 def test_rows_that_see_nothing_give_zeros_and_no_gradient(form):
     lengths, arguments = CASES["cache"]
-    result = value_and_gradients("xla", inputs(**lengths), arguments)
+    result = value_and_gradients(form, inputs(**lengths), arguments)
     assert np.all(np.asarray(result["out"][0]) == 0) and np.all(np.isneginf(result["lse"][0]))
     for gradient in result["gradients"]:
         assert np.all(np.asarray(gradient[0]) == 0) and np.all(np.isfinite(gradient)) and np.any(gradient[1] != 0)
 
 
 @pytest.mark.parametrize("traced", [False, True])
-def test_empty_blocks_are_not_computed(monkeypatch, traced):
+@pytest.mark.parametrize("regime", ["tiles", "pallas_tpu"])
+def test_empty_blocks_are_not_computed(monkeypatch, regime, traced):
     """Keys that no visible tile holds may be anything: 0 times NaN would show that they were read."""
-    shrink(monkeypatch, "tiles")
+    shrink(monkeypatch, regime)
     mask = np.ones((4, 4), bool)
     mask[:, 1:3] = False
     q, k, v = inputs(q_len=96, kv_len=96)
     poisoned = [x.at[:, 24:72].set(jnp.nan) for x in (k, v)]
-    run = jax.jit(functools.partial(kernels.flash_attention, block_size=24, implementation="xla"))
+    run = jax.jit(functools.partial(kernels.flash_attention, block_size=24, **FORMS[regime]))
     if traced:
         out, want = run(q, *poisoned, jnp.asarray(mask)), run(q, k, v, jnp.asarray(mask))
     else:
@@ -259,12 +278,13 @@ def test_decoding_against_a_cache_equals_the_full_pass():
         assert_close(out, full[:, position : position + 1], jnp.float32, f"position {position}")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-def test_quantised_keys_and_values_carry_their_scales(implementation):
+@pytest.mark.parametrize("regime", ["reference", "short", "pallas_tpu"])
+def test_quantised_keys_and_values_carry_their_scales(regime, monkeypatch):
+    shrink(monkeypatch, regime)
     q, k, v = inputs()
     scales = [jnp.max(jnp.abs(x), axis=-1) / 127 for x in (k, v)]
     stored = [jnp.round(x / s[..., None]).astype(jnp.int8) for x, s in zip((k, v), scales, strict=True)]
-    out = kernels.flash_attention(q, *stored, k_scale=scales[0], v_scale=scales[1], implementation=implementation)
+    out = kernels.flash_attention(q, *stored, k_scale=scales[0], v_scale=scales[1], **FORMS[regime])
     restored = [x * s[..., None] for x, s in zip(stored, scales, strict=True)]
     want = kernels.flash_attention(q, *restored, implementation="reference")
     assert_close(out, want, jnp.float32, "out")
@@ -289,7 +309,7 @@ def test_vmap(form):
     q, k, v = inputs(q_len=50, kv_len=50)
 
     def loss(q, k, v):
-        return jnp.sum(kernels.flash_attention(q[None], k[None], v[None], implementation="xla") ** 2)
+        return jnp.sum(kernels.flash_attention(q[None], k[None], v[None], **FORMS[form]) ** 2)
 
     mapped = jax.jit(jax.vmap(jax.grad(loss)))(q, k, v)
     one_by_one = jax.jit(jax.grad(loss))
@@ -299,7 +319,7 @@ def test_vmap(form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "flashy"}, "implementation='flashy' is not one of 'reference', 'xla'; use"),
+        ({"implementation": "flashy"}, "implementation='flashy' is not one of 'pallas_tpu', 'reference', 'xla'; use"),
         ({"window": 0}, "window=0 must be at least 1"),
         ({"block_size": 0}, "block_size=0 must be at least 1"),
         ({"softcap": -1.0}, "softcap=-1.0 must be a positive number"),
