@@ -45,5 +45,11 @@ def zeros_varying_like(shape: Sequence[int], dtype: DTypeLike, like: jax.Array) 
     return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
 
 
+def output_like(like: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """What a Pallas kernel writes, varying over the manual mesh axes of `like`."""
+    axes = jax.typeof(like).manual_axis_type
+    return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=axes)
+
+
 def _varying(leaf: ArrayLike) -> frozenset[str]:
     return jax.typeof(leaf).manual_axis_type.varying
