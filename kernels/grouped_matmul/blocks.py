@@ -30,7 +30,7 @@ def product_blocks(
     """Blocks of lhs [rows, k] times rhs [groups, k, n]."""
     vmem, cores = _memory(generation)
     tile = _fit(next((tile for tile in ROWS if row_alignment % tile == 0), ROWS[0]), rows)
-    for most_k in (2048, 1024, 512):
+    for most_k in (4096, 2048, 1024, 512):
         block_k = divisor(k, most_k)
         for most_n in (4096, 2048, 1536, 1024, 512, 256):
             # A device of two cores shares the column blocks between them.

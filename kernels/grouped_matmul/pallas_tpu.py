@@ -123,10 +123,11 @@ def _product(lhs, rhs, group_sizes, settings, transposed, name):
         aligned=settings.row_alignment % blocks.rows == 0,
         precision=_precision(lhs.dtype),
     )
+    out = output_like(lhs, (rows, n), lhs.dtype)
     return pl.pallas_call(
         kernel,
         name=name,
-        out_shape=output_like(lhs, (rows, n), lhs.dtype),
+        out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(table),
             grid=(n // blocks.n, table.tile.size, k_blocks),
@@ -138,7 +139,8 @@ def _product(lhs, rhs, group_sizes, settings, transposed, name):
             scratch_shapes=list(scratch.values()),
         ),
         compiler_params=_compiler_params(blocks),
-        cost_estimate=_cost(lhs, rhs, rows * n, rows * k * n),
+        # A group's weights stay for its next tile unless k is cut.
+        cost_estimate=_cost(rows * k * n, ((lhs, n // blocks.n), (rhs, 1)), out),
         interpret=settings.interpret or False,
     )(*table, lhs, rhs)
 
@@ -222,10 +224,11 @@ def _gradient(lhs, g, group_sizes, settings):
         precision=_precision(lhs.dtype),
     )
     in_f32 = dtype == jnp.float32
+    out = output_like(lhs, (groups, k, n), dtype)
     return pl.pallas_call(
         kernel,
         name="grouped_matmul_drhs",
-        out_shape=output_like(lhs, (groups, k, n), dtype),
+        out_shape=out,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(table),
             grid=(k // blocks.k, n // blocks.n, table.tile.size),
@@ -240,7 +243,7 @@ def _gradient(lhs, g, group_sizes, settings):
             scratch_shapes=[] if in_f32 else [pltpu.VMEM((blocks.k, blocks.n), jnp.float32)],
         ),
         compiler_params=_compiler_params(blocks),
-        cost_estimate=_cost(lhs, g, groups * k * n, rows * k * n),
+        cost_estimate=_cost(rows * k * n, ((lhs, n // blocks.n), (g, k // blocks.k)), out),
         interpret=settings.interpret or False,
     )(*table, lhs, g)
 
@@ -293,9 +296,7 @@ def _compiler_params(blocks):
     )
 
 
-def _cost(a, b, out_size, products):
-    """What XLA schedules around the kernel by."""
-    read = a.size * a.dtype.itemsize + b.size * b.dtype.itemsize
-    return pl.CostEstimate(
-        flops=2 * products, bytes_accessed=read + out_size * a.dtype.itemsize, transcendentals=0
-    )
+def _cost(products, reads, out):
+    """What XLA schedules around the kernel by: multiplications, (operand, how often it is read) and the result."""
+    moved = sum(times * x.size * x.dtype.itemsize for x, times in (*reads, (out, 1)))
+    return pl.CostEstimate(flops=2 * products, bytes_accessed=moved, transcendentals=0)
