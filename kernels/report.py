@@ -9,14 +9,14 @@ What the figures are:
 
 - cycles a step: issue cycles of the body of the kernel's busiest loop, without branches that are taken rarely
 - kernel cycles: those times the number of steps
-- useful: multiplications that the operation needs, over what the MXUs could do in the kernel's cycles, in one pass of 16
-  bits each (so f32 at several passes a product has a share of one over the passes at most)
+- useful: multiplications that the operation needs, over what the MXUs could do in the kernel's cycles, in one pass of
+  16 bits each (so f32 at several passes a product has a share of one over the passes at most)
 - MXU: the share of a step's cycles that the MXUs are busy, with padding and masked blocks
 - a tile: kernel cycles over the unmasked 128x128 blocks of scores (attention)
 - bytes: what the compiler counts that the program reads and writes
 
-What they leave out: a schedule knows no waiting. Copies between HBM and vector memory, the first and last step's most of
-all, semaphores, branch history and the clock are not in it; hold the cycles beside the bytes over the bandwidth.
+What they leave out: a schedule knows no waiting. Copies between HBM and vector memory, the first and last step's most
+of all, semaphores, branch history and the clock are not in it; hold the cycles beside the bytes over the bandwidth.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
             rows.append(row)
     print("\n" + (__doc__ or "").split("\n\n", 3)[3])
     if options.json:
-        Path(options.json).write_text(json.dumps({"shape": options.shape, "dtype": options.dtype, "rows": rows}, indent=1))
+        Path(options.json).write_text(
+            json.dumps({"shape": options.shape, "dtype": options.dtype, "rows": rows}, indent=1)
+        )
     return 0
 
 
@@ -59,14 +61,18 @@ def _parse(arguments):
     parser.add_argument("--generations", default=",".join(GENERATIONS), help="of " + ", ".join(GENERATIONS))
     parser.add_argument("--operations", default="", help="only operations whose name begins with this")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="type of the arrays")
-    parser.add_argument("--shape", default="", help="name=value,...; of " + ", ".join(f"{k}={v}" for k, v in SHAPE.items()))
+    parser.add_argument(
+        "--shape", default="", help="name=value,...; of " + ", ".join(f"{k}={v}" for k, v in SHAPE.items())
+    )
     options = parser.parse_args(arguments)
     options.generations = options.generations.split(",")
     unknown = [name for name in options.generations if name not in GENERATIONS]
     if unknown:
         parser.error(f"--generations {','.join(unknown)}: not one of {', '.join(GENERATIONS)}; name some of those")
     given = dict(part.partition("=")[::2] for part in options.shape.split(",") if part)
-    wrong = [f"{name}={value}" for name, value in given.items() if name not in SHAPE or not value.isdigit() or value == "0"]
+    wrong = [
+        f"{name}={value}" for name, value in given.items() if name not in SHAPE or not value.isdigit() or value == "0"
+    ]
     if wrong:
         parser.error(f"--shape {','.join(wrong)}: expected positive numbers for names of {', '.join(SHAPE)}")
     options.shape = {**SHAPE, **{name: int(value) for name, value in given.items()}}

@@ -1,8 +1,8 @@
 """The static schedule of a TPU kernel: what the compiler issues in each cycle.
 
 `libtpu` writes the instruction words of each kernel when it is loaded with the flags that `dump_flags` gives. After
-register allocation a line is one issue cycle, empty ones included. A schedule knows nothing of what happens at run time:
-waiting for memory (compare the cycles with the bytes moved over the bandwidth), and how often a branch is taken.
+register allocation a line is one issue cycle, empty ones included. A schedule knows nothing of what happens at run
+time: waiting for memory (compare the cycles with the bytes over the bandwidth), and how often a branch is taken.
 """
 
 import re
@@ -30,8 +30,8 @@ def dump_flags(folder: Path) -> str:
 class Schedule:
     """One kernel's loop with most matrix work, and the step that it repeats.
 
-    A step leaves out what a branch skips and what multiplies nothing (the beginning and the end of an accumulation), and
-    of branches with the same matrix work, of which one is taken, all but the shortest.
+    A step leaves out what a branch skips and what multiplies nothing (the beginning and the end of an accumulation),
+    and of branches with the same matrix work, of which one is taken, all but the shortest.
     """
 
     kernel: str

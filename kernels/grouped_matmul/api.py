@@ -35,8 +35,8 @@ def grouped_matmul(
     and out[r] = lhs[r] rhs[g]ᵀ. Rows beyond sum(group_sizes) give zeros, and their gradients are zero.
 
     `row_alignment` is a promise that every group size is a multiple of it, as in a plan of `moe_dispatch`; a multiple
-    of 256 saves a copy. rhs is rounded to lhs's type first; its gradient has rhs's own type. `interpret` runs the Pallas
-    kernels without a TPU: `pltpu.InterpretParams()`, or True.
+    of 256 saves a copy. rhs is rounded to lhs's type first; its gradient has rhs's own type. `interpret` runs the
+    Pallas kernels without a TPU: `pltpu.InterpretParams()`, or True.
 
     **Raises** ValueError where rhs does not fit lhs, a group size that is known when tracing is negative, the groups
     have more rows than lhs, row_alignment is below 1, or the implementation is unknown or has no kernel for the type.

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.compat import output_like, vary_alike
 from kernels.grouped_matmul.blocks import LANES, Blocks, gradient_blocks, product_blocks
-from kernels.grouped_matmul.visits import Visits, visits
+from kernels.grouped_matmul.visits import visits
 from kernels.grouped_matmul.words import narrow, rows_between, widen, words
 from kernels.tpu import current_generation
 
@@ -98,7 +98,7 @@ def _product(lhs, rhs, group_sizes, settings, transposed, name):
     rhs = rhs.astype(lhs.dtype)
     (rows, k), groups, n = lhs.shape, rhs.shape[0], rhs.shape[1 if transposed else 2]
     blocks = settings.product or product_blocks(
-        generation, rows, k, n, lhs.dtype.itemsize, settings.row_alignment
+        generation, rows, k, n, lhs.dtype.itemsize, settings.row_alignment, _passes(lhs.dtype)
     )
     table = visits(group_sizes, rows, blocks.rows)
     k_blocks = k // blocks.k
@@ -168,12 +168,10 @@ def _product_kernel(
 
     def store(columns, result):
         """Write the rows of this visit; the first visit of a tile clears the others."""
-        if "wide" in refs:
-            new = narrow(result[: rows // 2], result[rows // 2 :])
-        else:
-            new = words(result.astype(out_ref.dtype))
+        even, odd = result[: rows // 2], result[rows // 2 :]
+        new = narrow(even, odd) if "wide" in refs else words(result.astype(out_ref.dtype))
         if not aligned:
-            keep = rows_between(low[v], high[v], rows, itemsize)
+            keep = rows_between(low[v], high[v], result.shape, itemsize)
             others = jnp.where(low[v] == 0, jnp.uint32(0), ~keep)
             new = (new & keep) | (words(out_ref[:, columns]) & others)
         out_ref[:, columns] = pltpu.bitcast(new, out_ref.dtype)
@@ -214,7 +212,9 @@ def _gradient(lhs, g, group_sizes, settings):
     generation = current_generation()
     (rows, k), n, groups = lhs.shape, g.shape[1], group_sizes.shape[0]
     dtype = settings.rhs_dtype
-    blocks = settings.gradient or gradient_blocks(generation, rows, k, n, lhs.dtype.itemsize, dtype.itemsize)
+    blocks = settings.gradient or gradient_blocks(
+        generation, rows, k, n, lhs.dtype.itemsize, dtype.itemsize, _passes(lhs.dtype)
+    )
     table = visits(group_sizes, rows, blocks.rows)
     kernel = functools.partial(
         _gradient_kernel,
@@ -258,7 +258,7 @@ def _gradient_kernel(tile, group, low, high, lhs_ref, g_ref, out_ref, *scratch, 
         """Other rows are zero in both operands: zero times what lies beyond the array may not be zero."""
         x = ref[...]
         if not aligned:
-            keep = rows_between(low[v], high[v], x.shape[0], x.dtype.itemsize)
+            keep = rows_between(low[v], high[v], x.shape, x.dtype.itemsize)
             x = pltpu.bitcast(words(x) & keep, x.dtype)
         # The order of the rows does not matter as long as it is the same in both.
         return jnp.concatenate(widen(x), axis=0) if widened else x
@@ -284,6 +284,10 @@ def _precision(dtype):
     """bf16 products are exact in one pass; f32 ones need several, unless JAX is told that one is enough."""
     one_pass = jax.config.jax_default_matmul_precision in ("default", "fastest", "bfloat16")
     return lax.Precision.DEFAULT if dtype == jnp.bfloat16 or one_pass else lax.Precision.HIGHEST
+
+
+def _passes(dtype):
+    return 6 if _precision(dtype) == lax.Precision.HIGHEST else 1
 
 
 def _widened(generation, dtype):

@@ -10,9 +10,9 @@ from jaxtyping import Array, Int
 class Visits(NamedTuple):
     """Every stretch of rows that lies in one tile and one group, in the order of the rows.
 
-    Every group has at least one visit, an empty one if it has no rows. Tiles that begin beyond the last group belong to
-    group `groups`; rows beyond it in a tile that a group shares have no visit. A kernel prefetches these tables and maps
-    step v of its grid by them.
+    Every group has at least one visit, an empty one if it has no rows. Tiles that begin beyond the last group belong
+    to group `groups`; rows beyond it in a tile that a group shares have no visit. A kernel prefetches these tables and
+    maps step v of its grid by them.
     """
 
     tile: Int[Array, " visits"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+LANES = 128
 HIGH = 0xFFFF0000
 
 
@@ -15,16 +16,18 @@ def words(x: jax.Array) -> jax.Array:
     return pltpu.bitcast(x, jnp.uint32)
 
 
-def rows_between(low: jax.Array, high: jax.Array, rows: int, itemsize: int) -> jax.Array:
-    """A column of words with ones in the bits of the rows from low up to high."""
+def rows_between(low: jax.Array, high: jax.Array, shape: tuple[int, int], itemsize: int) -> jax.Array:
+    """The words of an array of this shape with ones in the bits of the rows from low up to high."""
     packed = 4 // itemsize
-    index = jax.lax.broadcasted_iota(jnp.int32, (rows // packed, 1), 0) * packed
+    rows, columns = shape
+    # 128 columns, repeated: the same registers serve them all.
+    index = jax.lax.broadcasted_iota(jnp.int32, (rows // packed, LANES), 0) * packed
     keep = jnp.zeros(index.shape, jnp.uint32)
     for part in range(packed):
         inside = (index + part >= low) & (index + part < high)
         bits = (2 ** (8 * itemsize) - 1) << (8 * itemsize * part)
         keep |= jnp.where(inside, jnp.uint32(bits), jnp.uint32(0))
-    return keep
+    return jnp.concatenate([keep] * (columns // LANES), axis=1)
 
 
 def widen(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -137,9 +137,7 @@ def test_a_plan_sends_every_choice_to_a_row_of_its_own(tokens, choices, alignmen
 @functools.partial(jax.jit, static_argnames=("implementation", "alignment"))
 def layer(x, weights, gate, up, down, index, implementation, alignment=8):
     def loss(x, weights, gate, up, down):
-        rows, plan = kernels.moe_dispatch(
-            x, index, gate.shape[0], row_alignment=alignment, **named(implementation)
-        )
+        rows, plan = kernels.moe_dispatch(x, index, gate.shape[0], row_alignment=alignment, **named(implementation))
         product = functools.partial(
             kernels.grouped_matmul,
             group_sizes=plan.group_sizes,
