@@ -20,6 +20,7 @@ of all, semaphores, branch history and the clock are not in it; hold the cycles 
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -150,14 +151,10 @@ def _sentence(error: str) -> str:
     return lines[0][:300] if lines else "no message"
 
 
-def _best(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+def _best(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Of an implementation's block sizes the fastest; where none compiles, the first."""
-    chosen: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        key = row["operation"], row["implementation"]
-        if key not in chosen or row.get("useful_share", 0) > chosen[key].get("useful_share", 0):
-            chosen[key] = row
-    return sorted(chosen.values(), key=lambda row: row["operation"])
+    for _, same in itertools.groupby(rows, key=lambda row: (row["operation"], row["implementation"])):
+        yield max(same, key=lambda row: row.get("useful_share", 0))
 
 
 _HEADER = (

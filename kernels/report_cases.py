@@ -39,11 +39,13 @@ class Case:
     """128x128 blocks of scores that are needed, for attention."""
 
 
-def cases(shape: Mapping[str, int], dtype: Any) -> Iterator[Case]:
-    """Every case, in the order of the report."""
-    yield from _grouped(shape, dtype)
-    yield from _dispatch(shape, dtype)
-    yield from _attention(shape, dtype)
+def cases(shape: Mapping[str, int], dtype: Any) -> list[Case]:
+    """Every case, in the order of the report: an operation's implementations together, and the blocks of each."""
+    every = [*_grouped(shape, dtype), *_dispatch(shape, dtype), *_attention(shape, dtype)]
+    order = {key: index for index, key in enumerate(dict.fromkeys(case.operation for case in every))}
+    return sorted(
+        every, key=lambda case: (order[case.operation], case.implementation != "pallas_tpu", case.implementation)
+    )
 
 
 def _grouped(shape, dtype):

@@ -64,8 +64,9 @@ def gradient_blocks(
     widened = _widened(generation, itemsize)
 
     def used(tile, block_k, block_n):
-        size = 2 * itemsize * tile * (block_k + block_n) + block_k * block_n * (2 * out_itemsize + 4)
-        return size + 4 * tile * (block_k + block_n) * widened
+        # Beside the inputs twice: both masked or widened, and lhs transposed.
+        copies = (4 if widened else itemsize) * tile * (2 * block_k + block_n)
+        return 2 * itemsize * tile * (block_k + block_n) + copies + block_k * block_n * (2 * out_itemsize + 4)
 
     def overhead(tile, block_k, block_n):
         return 2 / block_n + 1 / block_k + 2 / tile
