@@ -1,6 +1,6 @@
 """What `python -m kernels.report` compiles: this package's kernels, and JAX's own at the same shapes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 

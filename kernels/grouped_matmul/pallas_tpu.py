@@ -166,11 +166,11 @@ def _product_kernel(
             wide[lane, pl.ds(inner.start + 1, odd.shape[0], 2), :] = odd
         return jnp.concatenate([wide[lane, inner, :] for lane in lanes], axis=1)
 
-    def store(columns, result):
+    def store(columns, result, masked):
         """Write the rows of this visit; the first visit of a tile clears the others."""
         even, odd = result[: rows // 2], result[rows // 2 :]
         new = narrow(even, odd) if "wide" in refs else words(result.astype(out_ref.dtype))
-        if not aligned:
+        if masked and not aligned:
             keep = rows_between(low[v], high[v], result.shape, itemsize)
             others = jnp.where(low[v] == 0, jnp.uint32(0), ~keep)
             new = (new & keep) | (words(out_ref[:, columns]) & others)
@@ -183,14 +183,16 @@ def _product_kernel(
             contract = ((1,), (1 if transposed else 0,))
             result = _dot(lhs, operand(columns, fresh), contract, precision)
             if k_blocks == 1:
-                store(columns, result)
+                store(columns, result, fresh)
             else:
                 refs["sum"][:, columns] = result + jnp.where(k_i == 0, 0.0, refs["sum"][:, columns])
 
     occupied = (high[v] > low[v]) & (group[v] < groups)
     if "wide" in refs:
-        # With several blocks of k no step finds the weights of the last.
+        # With several blocks of k no step finds the weights of the last. The steady step also leaves out the masks, which
+        # cost as much there: a tile that groups share widens its weights again.
         fresh = (k_blocks > 1) | (v == 0) | (group[v] != group[jnp.maximum(v - 1, 0)])
+        fresh |= (low[v] > 0) | (high[v] < rows)
         pl.when(occupied & fresh)(functools.partial(multiply, True))
         pl.when(occupied & ~fresh)(functools.partial(multiply, False))
     else:
@@ -200,7 +202,7 @@ def _product_kernel(
 
         @pl.when(occupied & (k_i == k_blocks - 1))
         def _():
-            store(slice(0, n), refs["sum"][...])
+            store(slice(0, n), refs["sum"][...], True)
 
     @pl.when((group[v] == groups) & (low[v] == 0))
     def _():

@@ -16,7 +16,7 @@ def words(x: jax.Array) -> jax.Array:
     return pltpu.bitcast(x, jnp.uint32)
 
 
-def rows_between(low: jax.Array, high: jax.Array, shape: tuple[int, int], itemsize: int) -> jax.Array:
+def rows_between(low: int | jax.Array, high: int | jax.Array, shape: tuple[int, int], itemsize: int) -> jax.Array:
     """The words of an array of this shape with ones in the bits of the rows from low up to high."""
     packed = 4 // itemsize
     rows, columns = shape
