@@ -189,7 +189,7 @@ def _product_kernel(
 
     occupied = (high[v] > low[v]) & (group[v] < groups)
     if "wide" in refs:
-        # With several blocks of k no step finds the weights of the last. The steady step also leaves out the masks, which
+        # With several blocks of k no step finds the weights of the last. The steady step leaves out the masks too, which
         # cost as much there: a tile that groups share widens its weights again.
         fresh = (k_blocks > 1) | (v == 0) | (group[v] != group[jnp.maximum(v - 1, 0)])
         fresh |= (low[v] > 0) | (high[v] < rows)
