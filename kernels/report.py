@@ -31,7 +31,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kernels.topology as topology  # sets the compiler's environment before jax is imported
+import jax.numpy as jnp
+
+import kernels.topology as topology  # sets the compiler's environment before libtpu is loaded
 from kernels import schedule
 from kernels.report_cases import SHAPE, Case, cases
 from kernels.tpu import GENERATIONS, Generation
@@ -112,7 +114,11 @@ def _of_generation(generation, options) -> Iterator[dict[str, Any]]:
 
 def _child(request: dict[str, Any]) -> int:
     generation, folder = GENERATIONS[request["generation"]], Path(request["folder"])
-    chosen = [it for it in cases(request["shape"], request["dtype"]) if it.operation.startswith(request["operations"])]
+    chosen = [
+        it
+        for it in cases(request["shape"], jnp.dtype(request["dtype"]))
+        if it.operation.startswith(request["operations"])
+    ]
     for case in chosen[request["skip"] :]:
         head = {"generation": generation.name, "operation": case.operation}
         head |= {"implementation": case.implementation, "blocks": case.blocks}
@@ -127,7 +133,7 @@ def _measure(case: Case, generation: Generation, folder: Path) -> dict[str, Any]
     try:
         compiled = topology.lower_for(generation.name, case.fn, *case.avals).compile()
     except Exception as error:  # whatever the compiler says of a program is the result
-        return {"compiled": False, "error": _sentence(str(error))}
+        return {"compiled": False, "error": _sentence(error)}
     names = {name: path for name, path in schedule.kernels_in(folder).items() if (case.kernel or "") in name}
     if not names:
         return {"compiled": True, "error": "no schedule of the kernel was written"}
@@ -145,10 +151,10 @@ def _measure(case: Case, generation: Generation, folder: Path) -> dict[str, Any]
     return row
 
 
-def _sentence(error: str) -> str:
+def _sentence(error: Exception) -> str:
     """The compiler's own: without the stack of the program that asked."""
-    lines = [line.strip() for line in error.splitlines() if line.strip()]
-    return lines[0][:300] if lines else "no message"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def _best(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -26,6 +26,15 @@ class Blocks:
     vmem: int
     """Bytes that the kernel may use."""
 
+    def check(self, k: int, n: int) -> None:
+        """**Raises** ValueError for blocks that do not divide a product of these sizes, in registers of 128 columns."""
+        for name, block, size, unit in (("k", self.k, k, LANES), ("n", self.n, n, LANES), ("rows", self.rows, 0, 16)):
+            if block < unit or size % block or block % unit:
+                raise ValueError(
+                    f"grouped_matmul: block size {name}={block} must be a multiple of {unit} that divides {name}"
+                    f"{f'={size}' if size else ''}; leave the blocks out for the generation's own"
+                )
+
 
 def product_blocks(
     generation: Generation | None, rows: int, k: int, n: int, itemsize: int, row_alignment: int, passes: int = 1

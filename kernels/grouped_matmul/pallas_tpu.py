@@ -100,6 +100,7 @@ def _product(lhs, rhs, group_sizes, settings, transposed, name):
     blocks = settings.product or product_blocks(
         generation, rows, k, n, lhs.dtype.itemsize, settings.row_alignment, _passes(lhs.dtype)
     )
+    blocks.check(k, n)
     table = visits(group_sizes, rows, blocks.rows)
     k_blocks = k // blocks.k
 
@@ -189,8 +190,8 @@ def _product_kernel(
 
     occupied = (high[v] > low[v]) & (group[v] < groups)
     if "wide" in refs:
-        # With several blocks of k no step finds the weights of the last. The steady step leaves out the masks too, which
-        # cost as much there: a tile that groups share widens its weights again.
+        # With several blocks of k no step finds the weights of the last. The steady step leaves out the masks too: a
+        # tile that groups share widens its weights again.
         fresh = (k_blocks > 1) | (v == 0) | (group[v] != group[jnp.maximum(v - 1, 0)])
         fresh |= (low[v] > 0) | (high[v] < rows)
         pl.when(occupied & fresh)(functools.partial(multiply, True))
@@ -217,6 +218,7 @@ def _gradient(lhs, g, group_sizes, settings):
     blocks = settings.gradient or gradient_blocks(
         generation, rows, k, n, lhs.dtype.itemsize, dtype.itemsize, _passes(lhs.dtype)
     )
+    blocks.check(k, n)
     table = visits(group_sizes, rows, blocks.rows)
     kernel = functools.partial(
         _gradient_kernel,

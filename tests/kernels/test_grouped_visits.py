@@ -117,15 +117,23 @@ def test_several_blocks_of_every_axis(transposed, generation, monkeypatch):
     shape = (4, 384, 256) if transposed else (4, 256, 384)
     lhs, rhs = normal(0, (60, 256), jnp.bfloat16), normal(1, shape, jnp.bfloat16)
     sizes = jnp.asarray([17, 0, 30, 3])
-    for block_k in (128, 256):
-        product = Blocks(rows=16, k=128, n=128, vmem=2**24) if block_k == 128 else Blocks(16, 256, 384, 2**24)
-        # The gradient of lhs contracts n.
-        options = {"product": None, "gradient": Blocks(16, block_k, 128, 2**24), "interpret": True}
-        if block_k == 128:
-            options["product"] = product
+    want = jax.jit(functools.partial(both_passes, transposed=transposed))(lhs, rhs, sizes)
+    small = Blocks(rows=16, k=128, n=128, vmem=2**24)
+    interpret = True if generation is None else pltpu.InterpretParams()  # the former cannot store with a stride
+    for product in (small, None):
+        options = {"product": product, "gradient": small, "interpret": interpret}
         got = jax.jit(functools.partial(both_passes, transposed=transposed, **options))(lhs, rhs, sizes)
-        want = jax.jit(functools.partial(both_passes, transposed=transposed))(lhs, rhs, sizes)
-        assert_close(got, want, jnp.bfloat16, f"{generation} {block_k}")
+        assert_close(got, want, jnp.bfloat16, f"{generation} {product}")
+
+
+def test_blocks_that_do_not_divide_are_refused():
+    lhs, rhs, sizes = jnp.ones((8, 256)), jnp.ones((1, 256, 128)), jnp.asarray([8])
+    for blocks, message in (
+        (Blocks(16, 384, 128, 2**24), "k=384 .* divides k=256"),
+        (Blocks(8, 128, 128, 2**24), "rows=8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pallas_tpu.grouped_matmul(lhs, rhs, sizes, 1, False, interpret=True, product=blocks)
 
 
 def test_under_the_interpreter_that_finds_races(capfd):
