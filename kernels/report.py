@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     rows = []
     for generation in options.generations:
-        print(f"\n{generation}, {options.dtype}\n{_HEADER}")
+        print(f"\n{generation}, {options.dtype}\n{_HEADER}", flush=True)
         for row in _best(_of_generation(generation, options)):
             print(_line(row), flush=True)
             rows.append(row)
