@@ -286,7 +286,8 @@ def _dot(a, b, contract, precision):
 
 def _precision(dtype):
     """bf16 products are exact in one pass; f32 ones need several, unless JAX is told that one is enough."""
-    one_pass = jax.config.jax_default_matmul_precision in ("default", "fastest", "bfloat16")
+    asked = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    one_pass = asked in ("default", "fastest", "bfloat16")
     return lax.Precision.DEFAULT if dtype == jnp.bfloat16 or one_pass else lax.Precision.HIGHEST
 
 

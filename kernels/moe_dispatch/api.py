@@ -81,7 +81,9 @@ def _chosen(operation: str, function: str, x: jax.Array, implementation: str | N
 
 def _check_experts(expert_index, num_experts: int) -> None:
     index = known(expert_index)
-    outside = np.zeros(0) if index is None else np.argwhere((index < 0) | (index >= num_experts))
+    if index is None:
+        return
+    outside = np.argwhere((index < 0) | (index >= num_experts))
     if outside.size:
         token, choice = outside[0]
         raise ValueError(

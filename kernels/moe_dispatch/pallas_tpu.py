@@ -104,11 +104,10 @@ _combine.defvjp(_combine_forward, _combine_backward)
 def _scaled_sum(gathered, scales_ref, out_ref):
     """Sum over a step's choices of gathered rows times their scales; a scale of zero is no row."""
     scales = scales_ref[...]
-    total = None
+    total = jnp.zeros(out_ref.shape, jnp.float32)
     for choice, rows_ref in enumerate(gathered):
         scale = scales[:, choice : choice + 1].astype(jnp.float32)
-        part = jnp.where(scale == 0, 0.0, rows_ref[...] * scale)
-        total = part if total is None else total + part
+        total += jnp.where(scale == 0, 0.0, rows_ref[...] * scale)
     out_ref[...] = total.astype(out_ref.dtype)
 
 
