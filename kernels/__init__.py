@@ -1,7 +1,8 @@
 """Array kernels: flash attention, matrix products, expert dispatch. Arrays in, arrays out.
 
 Every operation has one signature and several implementations, named by `implementation=`: `reference` is obvious and
-computes in f32, `xla` is pure JAX arranged to be fast. `None` takes what is fastest on the backend and logs it once.
+computes in f32, `xla` is pure JAX arranged to be fast, `pallas_tpu` are kernels for every TPU generation. `None` takes
+what is fastest on the backend and logs it once. `python -m kernels.report` compiles them all, without a TPU.
 Whatever the implementation, products accumulate in f32 (f64 for f64 inputs) and results have the inputs' type.
 
 Under `jax.shard_map(..., check_vma=True)` inputs may vary over different mesh axes: each operation makes its inputs

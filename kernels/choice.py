@@ -4,6 +4,7 @@ import difflib
 import functools
 import logging
 from collections.abc import Collection
+from typing import Any
 
 logger = logging.getLogger("kernels")
 
@@ -24,6 +25,15 @@ def choose(operation: str, implementation: str | None, available: Collection[str
             f"use {nearest!r}, or None for the automatic choice"
         )
     return implementation
+
+
+def refuse_interpret(operation: str, name: str, interpret: Any) -> None:
+    """**Raises** ValueError where an implementation that is no Pallas kernel is to be interpreted."""
+    if interpret:
+        raise ValueError(
+            f"{operation}: interpret={interpret!r} has no meaning for implementation {name!r}; "
+            "leave it out: only Pallas kernels can be interpreted"
+        )
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
@@ -49,6 +50,13 @@ def output_like(like: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.
     """What a Pallas kernel writes, varying over the manual mesh axes of `like`."""
     axes = jax.typeof(like).manual_axis_type
     return jax.ShapeDtypeStruct(tuple(shape), dtype, manual_axis_type=axes)
+
+
+def known(x: ArrayLike) -> np.ndarray | None:
+    """The values of an array that is not being traced and lies on this host; None for any other."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)
 
 
 def _varying(leaf: ArrayLike) -> frozenset[str]:

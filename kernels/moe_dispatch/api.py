@@ -1,13 +1,20 @@
 """The public `moe_dispatch` and `moe_combine`."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.choice import choose
-from kernels.moe_dispatch import reference, xla
+from kernels.choice import choose, refuse_interpret
+from kernels.compat import known
+from kernels.moe_dispatch import pallas_tpu, reference, xla
 from kernels.moe_dispatch.plan import DispatchPlan, default_alignment, plan
+from kernels.tpu import current_generation
 
-_IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+_IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
 
 
 def moe_dispatch(
@@ -17,6 +24,7 @@ def moe_dispatch(
     *,
     row_alignment: int | None = None,
     implementation: str | None = None,
+    interpret: Any = None,
 ) -> tuple[Float[Array, "padded_rows d_model"], DispatchPlan]:
     """Copy tokens to rows sorted by expert: no capacity, no dropped token.
 
@@ -25,18 +33,21 @@ def moe_dispatch(
     An expert's group begins at a multiple of `row_alignment`, so padded_rows is static: at most row_alignment - 1 rows
     an expert more than tokens * choices. By default it follows the rows an expert gets, from 8 to 256; the plan holds
     it, and `grouped_matmul` takes it from there.
-    Entries of expert_index lie in [0, num_experts); a token may name one expert twice.
+    Entries of expert_index lie in [0, num_experts); a token may name one expert twice. `interpret` runs the Pallas
+    kernels without a TPU: `pltpu.InterpretParams()`, or True.
 
-    **Raises** ValueError where num_experts or row_alignment is below 1, or the implementation is unknown.
+    **Raises** ValueError where num_experts or row_alignment is below 1, an entry of expert_index that is known when
+    tracing is no expert, or the implementation is unknown or has no kernel for the type.
     """
     _positive("num_experts", num_experts)
     if row_alignment is None:
         row_alignment = default_alignment(expert_index.size, num_experts)
     _positive("row_alignment", row_alignment)
-    name = choose("moe_dispatch", implementation, _IMPLEMENTATIONS, "xla")
+    _check_experts(expert_index, num_experts)
+    dispatch = _chosen("moe_dispatch", "dispatch", x, implementation, interpret)
     with jax.named_scope("moe_dispatch"):
         layout = plan(expert_index, num_experts, row_alignment)
-        return _IMPLEMENTATIONS[name].dispatch(x, layout), layout
+        return dispatch(x, layout), layout
 
 
 def moe_combine(
@@ -45,16 +56,40 @@ def moe_combine(
     weights: Float[Array, "tokens choices"],
     *,
     implementation: str | None = None,
+    interpret: Any = None,
 ) -> Float[Array, "tokens d_model"]:
     """Sum each token's rows with the router's weights, in f32, in the type of the rows.
 
     y[t] = sum_c weights[t, c] rows[position[t, c]]
 
-    **Raises** ValueError for an unknown implementation.
+    **Raises** ValueError for an implementation that is unknown or has no kernel for the type.
     """
-    name = choose("moe_combine", implementation, _IMPLEMENTATIONS, "xla")
+    combine = _chosen("moe_combine", "combine", rows, implementation, interpret)
     with jax.named_scope("moe_combine"):
-        return _IMPLEMENTATIONS[name].combine(rows, plan, weights)
+        return combine(rows, plan, weights)
+
+
+def _chosen(operation: str, function: str, x: jax.Array, implementation: str | None, interpret: Any) -> Callable:
+    automatic = "xla" if current_generation() is None or x.dtype not in pallas_tpu.DTYPES else "pallas_tpu"
+    name = choose(operation, implementation, _IMPLEMENTATIONS, automatic)
+    chosen = getattr(_IMPLEMENTATIONS[name], function)
+    if name == "pallas_tpu":
+        return functools.partial(chosen, interpret=interpret)
+    refuse_interpret(operation, name, interpret)
+    return chosen
+
+
+def _check_experts(expert_index, num_experts: int) -> None:
+    index = known(expert_index)
+    if index is None:
+        return
+    outside = np.argwhere((index < 0) | (index >= num_experts))
+    if outside.size:
+        token, choice = outside[0]
+        raise ValueError(
+            f"moe_dispatch: expert_index[{token}, {choice}]={index[token, choice]} must be in [0, {num_experts}); "
+            "pass indices of experts, or a larger num_experts"
+        )
 
 
 def _positive(name: str, value: int) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import kernels
-from kernels.grouped_matmul import xla
+from kernels.grouped_matmul import blocks, xla
 from kernels.moe_dispatch.plan import padded_rows
 from tests.kernels.comparison import assert_close, normal
 
@@ -25,19 +25,25 @@ SIZES = {
     "rows beyond": [5, 0, 9, 4],
     "nothing": [0, 0, 0, 0],
 }
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "xla", "pallas_tpu"]
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(xla, "BLOCK", 8)
+    monkeypatch.setattr(blocks, "ROWS", (16,))
+
+
+def named(implementation):
+    """The implementation, interpreted if it is written for TPUs."""
+    return {"implementation": implementation, "interpret": implementation == "pallas_tpu" or None}
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "transposed", "row_alignment"))
 def grouped(lhs, rhs, sizes, implementation, transposed=False, row_alignment=1):
     def loss(lhs, rhs):
         out = kernels.grouped_matmul(
-            lhs, rhs, sizes, implementation, row_alignment=row_alignment, transposed=transposed
+            lhs, rhs, sizes, **named(implementation), row_alignment=row_alignment, transposed=transposed
         )
         return jnp.sum(out.astype(jnp.float32) * normal(4, out.shape)), out
 
@@ -91,8 +97,9 @@ def test_any_sizes(sizes, beyond):
         sizes[index] = min(size, rows - beyond - total)
         total += sizes[index]
     lhs, rhs = normal(0, (rows, K)), normal(1, (5, K, N))
-    results = [grouped(lhs, rhs, jnp.asarray(sizes), name) for name in IMPLEMENTATIONS]
-    assert_close(*results, jnp.float32, f"{sizes} of {rows}")
+    want = grouped(lhs, rhs, jnp.asarray(sizes), "reference")
+    for name in IMPLEMENTATIONS[1:]:
+        assert_close(grouped(lhs, rhs, jnp.asarray(sizes), name), want, jnp.float32, f"{name}: {sizes} of {rows}")
 
 
 def routing(tokens, experts, choices, seed=0):
@@ -130,17 +137,15 @@ def test_a_plan_sends_every_choice_to_a_row_of_its_own(tokens, choices, alignmen
 @functools.partial(jax.jit, static_argnames=("implementation", "alignment"))
 def layer(x, weights, gate, up, down, index, implementation, alignment=8):
     def loss(x, weights, gate, up, down):
-        rows, plan = kernels.moe_dispatch(
-            x, index, gate.shape[0], row_alignment=alignment, implementation=implementation
-        )
+        rows, plan = kernels.moe_dispatch(x, index, gate.shape[0], row_alignment=alignment, **named(implementation))
         product = functools.partial(
             kernels.grouped_matmul,
             group_sizes=plan.group_sizes,
-            implementation=implementation,
             row_alignment=plan.row_alignment,
+            **named(implementation),
         )
         hidden = product(jax.nn.silu(product(rows, gate)) * product(rows, up), down)
-        y = kernels.moe_combine(hidden, plan, weights, implementation=implementation)
+        y = kernels.moe_combine(hidden, plan, weights, **named(implementation))
         return jnp.sum(y.astype(jnp.float32) * normal(6, y.shape)), y
 
     gradients, y = jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(x, weights, gate, up, down)
@@ -225,6 +230,24 @@ def test_errors():
         kernels.grouped_matmul(x, jnp.ones((2, 5, 3)), jnp.asarray([2, 2]))
     with pytest.raises(ValueError, match="implementation='mega' is not one of"):
         kernels.grouped_matmul(x, jnp.ones((2, 3, 5)), jnp.asarray([2, 2]), "mega")
+    with pytest.raises(ValueError, match=r"group_sizes\[1\]=-1 must be at least 0"):
+        kernels.grouped_matmul(x, jnp.ones((2, 3, 5)), jnp.asarray([2, -1]))
+    with pytest.raises(ValueError, match=r"sum\(group_sizes\)=5 must be at most the 4 rows of lhs"):
+        kernels.grouped_matmul(x, jnp.ones((2, 3, 5)), jnp.asarray([2, 3]))
+    with pytest.raises(ValueError, match=r"interpret=True has no meaning for implementation 'xla'"):
+        kernels.grouped_matmul(x, jnp.ones((2, 3, 5)), jnp.asarray([2, 2]), "xla", interpret=True)
+    with pytest.raises(ValueError, match=r"lhs.dtype=float16 is not float32 or bfloat16"):
+        kernels.grouped_matmul(x.astype(jnp.float16), jnp.ones((2, 3, 5)), jnp.asarray([2, 2]), "pallas_tpu")
+    for bad in (-1, 2):
+        with pytest.raises(ValueError, match=rf"expert_index\[3, 1\]={bad} must be in \[0, 2\)"):
+            kernels.moe_dispatch(x, index.at[3, 1].set(bad), 2)
+    with pytest.raises(ValueError, match="moe_dispatch: implementation='mega' is not one of"):
+        kernels.moe_dispatch(x, index, 2, implementation="mega")
+    rows, plan = kernels.moe_dispatch(x, index, 2)
+    with pytest.raises(ValueError, match="moe_combine: implementation='mega' is not one of"):
+        kernels.moe_combine(rows, plan, jnp.ones((4, 2)), implementation="mega")
+    with pytest.raises(ValueError, match=r"x.dtype=float16 is not float32 or bfloat16"):
+        kernels.moe_dispatch(x.astype(jnp.float16), index, 2, implementation="pallas_tpu")
 
 
 def test_the_automatic_choice_is_logged_once(caplog):
