@@ -83,8 +83,8 @@ class Metrics(eqx.Module):
 
 def make_step(
     config: Config, mesh: Mesh, specs: TrainState, transform: optax.GradientTransformation
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The training step: gradients summed over microbatches and devices, judged, clipped, through optax."""
+) -> jax.stages.Wrapped:
+    """The training step, of a `TrainState` and a `Batch` to the next state and `Metrics`: gradients summed over microbatches and devices, judged, clipped, through optax."""
     schedule = optim.learning_rate(config.optim)
 
     def loss(
@@ -204,7 +204,7 @@ class Setup(NamedTuple):
     new_state: Callable[[], TrainState]
     fed: NamedSharding
     """Of a batch."""
-    step: Future[Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
+    step: Future[jax.stages.Compiled]
     """Being compiled."""
 
 

@@ -9,6 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
@@ -223,7 +224,7 @@ def to_dict(config: Config) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: Any) -> Config:
     """The configuration that `to_dict` made the values of; ValueError if they are not one's."""
 
     def made(kind: type, values: Any) -> Any:
@@ -235,16 +236,16 @@ def from_dict(values: dict[str, Any]) -> Config:
     def read(hint: Any, name: str, value: Any) -> Any:
         if dataclasses.is_dataclass(hint):
             return made(hint, value)  # pyright: ignore[reportArgumentType]
-        choices = set(get_args(hint))
+        choices = set(get_args(hint)) if get_origin(hint) in (UnionType, Literal) else {hint}
         if value is None and type(None) in choices:
             return None
-        if Path in (hint, *choices) and isinstance(value, str):
+        if Path in choices and isinstance(value, str):
             return Path(value)
         if get_origin(hint) is tuple and isinstance(value, list):
             return tuple(read(get_args(hint)[0], name, item) for item in value)
         if get_origin(hint) is Literal and isinstance(value, str) and value in choices:
             return value
-        if type(value) in (hint, *choices) or (hint is float and type(value) is int):
+        if type(value) in choices or (hint is float and type(value) is int):
             return hint(value) if hint is float else value
         raise ValueError(f"not a configuration of this version: {name}={value!r} is no value of this setting")
 

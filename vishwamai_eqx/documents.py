@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,6 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                         f"{path}, line {number}: no column {text_column!r} (it has {has}); "
                         "set data.text_column or mend the line"
                     )
-        except (EOFError, gzip.BadGzipFile):
+        except (EOFError, gzip.BadGzipFile, zlib.error):
             return f"{path}: damaged or cut short; copy or make it again"
     return None

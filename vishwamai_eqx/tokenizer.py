@@ -246,6 +246,8 @@ def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, ModelProto]
     try:
         model = path.read_bytes()
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        # Of a damaged model there may be nothing left, and that is no error to SentencePiece.
+        processor.id_to_piece(0)
         return processor, ModelProto.FromString(model)
     except Exception:
         raise ValueError(f"{path}: not a SentencePiece model, or a damaged one; copy or train it again") from None
