@@ -84,7 +84,10 @@ class Metrics(eqx.Module):
 def make_step(
     config: Config, mesh: Mesh, specs: TrainState, transform: optax.GradientTransformation
 ) -> jax.stages.Wrapped:
-    """The training step, of a `TrainState` and a `Batch` to the next state and `Metrics`: gradients summed over microbatches and devices, judged, clipped, through optax."""
+    """The training step, from a `TrainState` and a `Batch` to the next state and `Metrics`.
+
+    Gradients are summed over microbatches and devices, judged, clipped, and go through optax.
+    """
     schedule = optim.learning_rate(config.optim)
 
     def loss(
