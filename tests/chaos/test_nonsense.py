@@ -56,6 +56,8 @@ def damaged(content: bytes, seed: int) -> bytes:
     """Bits flipped, a stretch cut out, doubled or replaced, or the end lost."""
     chance, changed = random.Random(seed), bytearray(content)
     for _ in range(chance.randint(1, 3)):
+        if not changed:
+            break
         at = chance.randrange(len(changed))
         to = min(len(changed), at + chance.choice([1, 3, 40, 1000]))
         match chance.randrange(5):
