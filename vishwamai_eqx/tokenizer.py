@@ -248,7 +248,11 @@ def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, ModelProto]
         processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         # Of a damaged model there may be nothing left, and that is no error to SentencePiece.
         processor.id_to_piece(0)
-        return processor, ModelProto.FromString(model)
+        proto = ModelProto.FromString(model)
+        # Nor is a piece that is no text, which comes back as bytes.
+        if not all(isinstance(piece.piece, str) for piece in proto.pieces):
+            raise ValueError
+        return processor, proto
     except Exception:
         raise ValueError(f"{path}: not a SentencePiece model, or a damaged one; copy or train it again") from None
 
