@@ -117,7 +117,7 @@ def _cycle(match: re.Match[str], generation: Generation) -> _Cycle:
     return _Cycle(
         address=int(match["address"], 0),
         target=int(branch[1]) if branch else None,
-        busy=sum(rows / rate for rows, rate in matmuls),
+        busy=sum((rows / rate for rows, rate in matmuls), start=0.0),
         macs=sum(rows for rows, _ in matmuls) * generation.mxu_size**2,
         spills=len(_SPILL.findall(body)),
     )
