@@ -123,7 +123,7 @@ def _cycle(match: re.Match[str], generation: Generation) -> _Cycle:
     )
 
 
-def _matmul(suffix: str, generation: Generation) -> tuple[int, float]:
+def _matmul(suffix: str, generation: Generation) -> tuple[int, int]:
     """Rows that a matrix instruction feeds, and how many of them an MXU takes in a cycle."""
     rate = generation.rows_per_cycle
     if re.search(r"\.[su]8\b", suffix):
