@@ -117,13 +117,13 @@ def _cycle(match: re.Match[str], generation: Generation) -> _Cycle:
     return _Cycle(
         address=int(match["address"], 0),
         target=int(branch[1]) if branch else None,
-        busy=sum(rows / rate for rows, rate in matmuls),
+        busy=sum((rows / rate for rows, rate in matmuls), start=0.0),
         macs=sum(rows for rows, _ in matmuls) * generation.mxu_size**2,
         spills=len(_SPILL.findall(body)),
     )
 
 
-def _matmul(suffix: str, generation: Generation) -> tuple[int, float]:
+def _matmul(suffix: str, generation: Generation) -> tuple[int, int]:
     """Rows that a matrix instruction feeds, and how many of them an MXU takes in a cycle."""
     rate = generation.rows_per_cycle
     if re.search(r"\.[su]8\b", suffix):
