@@ -9,13 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 # Read when libtpu is loaded: without them it looks for the metadata server of a cloud machine, which a real one has.
-for _name, _value in {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}.items():
-    os.environ.setdefault(_name, _value)
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import jax
 import numpy as np
@@ -47,7 +44,7 @@ def mesh(generation: str, shape: tuple[int, ...] = (1,), axes: tuple[str, ...] =
 
 
 def lower_for(generation: str, fn: Callable[..., Any], *avals: Any, on: Mesh | None = None) -> jax.stages.Lowered:
-    """Lower `fn` of pytrees of `jax.ShapeDtypeStruct` for the generation; `.compile()` it to see what the compiler says.
+    """Lower `fn` of pytrees of `jax.ShapeDtypeStruct` for the generation; then `.compile()` asks the compiler.
 
     What says nothing of its placement is replicated over `on`, by default one device.
     """
