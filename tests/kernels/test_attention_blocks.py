@@ -68,8 +68,9 @@ def test_tables_name_exactly_the_blocks_that_are_seen(data):
                 continue
             word = computed[blocks.index((i, j))]
             assert not word & FULL or (block.all() and block.shape[1] == kv_size), (i, j)
-            # Unsorted segments could overlap in range without an equal pair; these are sorted.
-            if problem.block_mask is None and not traced and not segmented and problem.window is None:
+            # Ranges of positions are exact; those of segments, of a window with lengths, and of a block mask are bounds.
+            bounded = segmented or known or traced or (problem.window is not None and operands.kv_lengths is not None)
+            if not bounded:
                 assert block.any() and (word & FULL or not block.all() or block.shape[1] < kv_size), (i, j)
         # Every block of queries begins and ends once, in that order, whether or not anything is seen.
         marks = [(int(q_block(w)), int(w & (FIRST | LAST))) for w in words if w & (FIRST | LAST)]
