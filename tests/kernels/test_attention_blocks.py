@@ -15,6 +15,7 @@ from kernels.tpu import GENERATIONS
 from tests.kernels.comparison import normal
 
 BATCH = 2
+NOTHING = Operands(None, None, None, None, None, None, None, (np.zeros((), np.int32), np.zeros((), np.int32)))
 
 
 @settings(max_examples=25)
@@ -68,7 +69,7 @@ def test_tables_name_exactly_the_blocks_that_are_seen(data):
                 continue
             word = computed[blocks.index((i, j))]
             assert not word & FULL or (block.all() and block.shape[1] == kv_size), (i, j)
-            # Ranges of positions are exact; those of segments, of a window with lengths, and of a block mask are bounds.
+            # Ranges of positions are exact; those of segments, windows with lengths, and block masks are bounds.
             bounded = segmented or known or traced or (problem.window is not None and operands.kv_lengths is not None)
             if not bounded:
                 assert block.any() and (word & FULL or not block.all() or block.shape[1] < kv_size), (i, j)
@@ -79,10 +80,28 @@ def test_tables_name_exactly_the_blocks_that_are_seen(data):
         assert {int(w & (FULL | MASKED | DIAGONAL)) for w in computed} <= set(table.kinds)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, *range(1, 20)])
+def test_positions_alone_decide_exactly(causal, window):
+    q_len, kv_len, size = 32, 40, 8
+    table = schedule(
+        (q_len, kv_len), (size, size), NOTHING, Settings(1.0, causal, window, None, 0.0, 128, None), (0, 40)
+    )
+    behind = np.arange(q_len)[:, None] - np.arange(kv_len)
+    visible = ((behind >= 0) | (not causal)) & (behind < (window or q_len))
+    blocks = visible.reshape(q_len // size, size, kv_len // size, size)
+    words = [word for word in np.asarray(table.words) if word & (FULL | MASKED | DIAGONAL)]
+    seen, full = np.zeros((2, q_len // size, kv_len // size), bool)
+    for word in words:
+        seen[q_block(word), kv_block(word)] = True
+        full[q_block(word), kv_block(word)] = word & FULL
+    np.testing.assert_array_equal(seen, blocks.any(axis=(1, 3)))
+    np.testing.assert_array_equal(full, blocks.all(axis=(1, 3)))
+
+
 def test_static_masks_make_static_tables_as_long_as_what_is_seen():
     causal = Settings(1.0, True, None, None, 0.0, 128, None)
-    nothing = Operands(None, None, None, None, None, None, None, (jnp.asarray(0), jnp.asarray(0)))
-    table = schedule((64, 64), (16, 16), nothing, causal, (0, 64))
+    table = schedule((64, 64), (16, 16), NOTHING, causal, (0, 64))
     assert (table.steps, table.words.size, table.kinds) == (10, 10, (FULL, DIAGONAL))
 
 
