@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike, DTypeLike
 
 Dimensions = tuple[Sequence[int], Sequence[int]]
@@ -54,7 +55,7 @@ def output_like(like: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.
 
 def known(x: ArrayLike) -> np.ndarray | None:
     """The values of an array that is not being traced and lies on this host; None for any other."""
-    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+    if isinstance(x, Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return None
     return np.asarray(x)
 

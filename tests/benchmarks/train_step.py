@@ -85,10 +85,10 @@ def torch_step(config: Config, compiled: bool) -> Callable[[], None]:
     return run
 
 
-def layer_step(layer: moe.MoE | GatedMLP, dtype: str, load: np.ndarray | None = None) -> Callable[[], None]:
-    """A call that runs a layer forward and backward on the rows of a tiny batch; `load` is each expert's share."""
+def layer_step(layer: moe.MoE | GatedMLP, width: int, dtype: str, load: np.ndarray | None = None) -> Callable[[], None]:
+    """A call that runs a layer forward and backward on a tiny batch's tokens; `load` is each expert's share."""
     tiny = PRESETS["tiny"]
-    shape = (tiny.optim.batch_size, tiny.model.max_seq_len, tiny.model.hidden_size)
+    shape = (tiny.optim.batch_size, tiny.model.max_seq_len, width)
     x, g = jax.random.normal(jax.random.key(0), (2, *shape), dtype)
     if load is not None:
         # The last feature is a constant, whose router weights are the logarithms of the shares; the others are noise as
@@ -163,15 +163,20 @@ def main() -> None:
         if name.startswith("torch"):
             results[f"ours bf16 over {name}"] = round(ratio(seconds, name, "ours bf16"), 3)
 
-    tiny, key = PRESETS["tiny"].model, jax.random.key(1)
-    mixture = moe.MoE(tiny.hidden_size, tiny.ffn_dim, tiny.num_experts, tiny.experts_per_token, key=key)
-    dense = GatedMLP(tiny.hidden_size, tiny.ffn_dim * tiny.experts_per_token, key=key)
-    for dtype in ("bfloat16", "float32"):
-        layers = {"dense": layer_step(dense, dtype)}
-        layers |= {name: layer_step(mixture, dtype, load) for name, load in loads.items()}
-        seconds = compare(layers, 2 * rounds)
-        for name in loads:
-            results[f"mixture over dense layer, {dtype}, {name} load"] = round(ratio(seconds, name, "dense"), 3)
+    key = jax.random.key(1)
+    for preset in ("tiny", "base"):
+        model = PRESETS[preset].model
+        shape = model.hidden_size, model.ffn_dim, model.num_experts, model.experts_per_token
+        mixture = moe.MoE(*shape, key=key)
+        dense = GatedMLP(model.hidden_size, model.ffn_dim * model.experts_per_token, key=key)
+        for dtype in ("bfloat16", "float32"):
+            layers = {"dense": layer_step(dense, model.hidden_size, dtype)}
+            layers |= {name: layer_step(mixture, model.hidden_size, dtype, load) for name, load in loads.items()}
+            seconds = compare(layers, rounds)
+            for name in loads:
+                results[f"mixture over dense layer, {preset}, {dtype}, {name} load"] = round(
+                    ratio(seconds, name, "dense"), 3
+                )
     print(json.dumps(results, indent=2))
 
 
