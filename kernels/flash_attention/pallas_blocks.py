@@ -96,8 +96,11 @@ class BlockSizes:
                 )
 
 
-def default_blocks(generation: Generation | None, head_dim: int, dtype: DTypeLike) -> BlockSizes:
-    """The block sizes for a generation, a padded head_dim and the inputs' type; None is the interpreter."""
+def default_blocks(generation: Generation | None, head_dim: int, dtype: DTypeLike, masked: bool = False) -> BlockSizes:
+    """The block sizes for a generation, a padded head_dim, the inputs' type, and whether there is a mask of elements.
+
+    None is the interpreter.
+    """
     # Where vector memory is 16 MiB, the gradients of 2,048 keys and their copies on the way out take half of it. A head
     # wider than a register's lanes takes as many times the memory.
     small = generation is not None and generation.vmem <= 16 * 2**20
@@ -106,4 +109,7 @@ def default_blocks(generation: Generation | None, head_dim: int, dtype: DTypeLik
     if jnp.dtype(dtype).itemsize == 4:
         # Six passes for each product of f32 numbers: the fixed costs of a step are small beside 256 queries already.
         return BlockSizes(256, 256, 256, 256, chunk_backward=256, kv_resident=resident)
+    if small and masked:
+        # The compiler widens the mask of a whole block: with the scores and dropout's hash, 1024 do not fit.
+        return BlockSizes(512, 512, 256, 256, 256, 256, resident)
     return BlockSizes(kv_resident=resident) if wide == 1 else BlockSizes(512, 512, 256, 256, 256, 256, resident)

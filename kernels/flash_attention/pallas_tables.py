@@ -73,7 +73,9 @@ def schedule(
     diagonal = np.zeros((q_blocks, len(columns)), bool)
     if on_diagonal(lengths, sizes, operands, settings):
         diagonal = np.arange(q_blocks)[:, None] == columns
-    flags = {FULL: seen & full, MASKED: seen & ~full & ~diagonal, DIAGONAL: seen & ~full & diagonal}
+    flags = {FULL: seen & full, MASKED: seen & ~full & ~diagonal}
+    if diagonal.any():
+        flags[DIAGONAL] = seen & ~full & diagonal
     words = words | sum(flag * where for flag, where in flags.items())
     words, visited = words.reshape(rows, -1), visited.reshape(rows, -1)
     counts = visited.sum(axis=1)

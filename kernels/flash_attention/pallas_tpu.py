@@ -86,12 +86,14 @@ def flash_attention(
     head_dim = q.shape[3]
     # Narrow heads fill half a register's lanes; between 64 and 128 and above, whole registers are as fast.
     padded = 64 if head_dim <= 64 else -(-head_dim // LANES) * LANES
-    blocks = default_blocks(generation, padded, q.dtype) if blocks is None else blocks
     has_blocks = settings.block_mask is not None or operands.block_mask is not None
+    # A block mask that the kernel's blocks cannot follow becomes one of elements.
+    masked = operands.mask is not None or (has_blocks and settings.block_size % LANES != 0)
+    blocks = default_blocks(generation, padded, q.dtype, masked) if blocks is None else blocks
     blocks = blocks.fitted(q.shape[1], k.shape[1], settings.block_size if has_blocks else None)
     if generation is not None:
         itemsize = q.dtype.itemsize if generation.bf16_dot else 4
-        blocks.check(generation, padded, itemsize, operands.mask is not None, k.shape[1])
+        blocks.check(generation, padded, itemsize, masked, k.shape[1])
     q, k, v, operands = vary_alike((q, k, v, operands))
     q, k, v = (_pad(x, 3, padded) for x in (q, k, v))
     out, lse = _attend(q, k, v, operands, settings, _Plan(blocks, generation, interpret))
