@@ -26,6 +26,7 @@ class Settings:
     prompt: str | None = None
     """What the text begins with; none: standard input."""
     max_new_tokens: int = 128
+    """Tokens to write at most; a text may end before."""
     temperature: float = 0.8
     """0 takes the likeliest token each time, 1 draws as the model says."""
     top_k: int = 0
@@ -33,7 +34,9 @@ class Settings:
     top_p: float = 1.0
     """Draw from the fewest tokens whose probabilities reach p."""
     seed: int = 0
+    """The same seed writes the same texts."""
     num_samples: int = 1
+    """Texts to write, each with draws of its own."""
     json: bool = False
     """Print one JSON object, with the tokens and the speed, when all is written."""
 
@@ -52,10 +55,7 @@ class Text:
         return new
 
 
-def generate(settings: Settings, run: Loaded) -> None:
-    sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
-    if settings.num_samples < 1:
-        raise ValueError(f"num_samples={settings.num_samples} must be at least 1; take 1.")
+def generate(settings: Settings, sampling: decode.Sampling, run: Loaded) -> None:
     prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
     ids = [run.tokenizer.bos_id, *run.tokenizer.encode_ids(prompt)]
     texts = [Text(run.tokenizer) for _ in range(settings.num_samples)]
@@ -92,7 +92,11 @@ def generate(settings: Settings, run: Loaded) -> None:
 def main(argv: list[str]) -> int:
     try:
         settings = command_line.parse_settings(Settings, argv, Settings(), __doc__)
-        generate(settings, vishwamai_eqx.load(settings.run_dir))
+        sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(settings, name) < 1:
+                raise ValueError(f"{name}={getattr(settings, name)} must be at least 1; take 1.")
+        generate(settings, sampling, vishwamai_eqx.load(settings.run_dir))
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2

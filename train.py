@@ -179,7 +179,8 @@ def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
     """The run's tokenizer, trained at the first start."""
     assert config.run_dir is not None
     folder = config.run_dir / "tokenizer"
-    if (folder / "tokenizer.model").exists():
+    # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
+    if command_line.read_config(config.run_dir) is not None:
         tokenizer = VishwamAITokenizer(folder)
     elif config.tokenizer is not None:
         tokenizer = VishwamAITokenizer(config.tokenizer)

@@ -33,7 +33,12 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
         mistakes.append(f"preset={preset!r} must be one of {', '.join(PRESETS)}; take {nearest(preset)}.")
     if mistakes:
         raise ValueError("\n".join(mistakes))
-    run_dir = Path(_value(argv, "--run-dir") or Path("runs") / (preset or "tiny"))
+    given = _value(argv, "--run-dir")
+    run_dir = Path("runs") / (preset or "tiny") if given is None else Path(given)
+    occupied = next((place for place in (run_dir, *run_dir.parents) if place.exists()), Path("/"))
+    if given == "" or not occupied.is_dir():
+        why = "a folder's name" if given == "" else f"a folder's or a new one's, and {occupied} is a file"
+        raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{preset or 'tiny'}.")
     saved = read_config(run_dir)
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
     base = dataclasses.replace(base, dry_run=False, json=False, replay=None)
@@ -67,10 +72,15 @@ def read_config(run_dir: Path) -> Config | None:
 def write_config(config: Config) -> None:
     """Save the configuration in its run directory."""
     assert config.run_dir is not None
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     fresh = config.run_dir / "config.json.tmp"
-    fresh.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    fresh.replace(config.run_dir / "config.json")
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        fresh.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        fresh.replace(config.run_dir / "config.json")
+    except OSError as error:
+        raise ValueError(
+            f"run_dir={str(config.run_dir)!r} cannot be written: {error}; take another --run-dir."
+        ) from None
 
 
 def flags(kind: type) -> dict[str, Any]:
@@ -123,8 +133,10 @@ def _mistakes(argv: Sequence[str], known: dict[str, Any]) -> Iterator[str]:
             yield f"{flag} needs a value; give one after it."
         elif len(values) > 1 and not several:
             yield f"{flag} takes one value and got {len(values)}: {' '.join(values)!r}; quote a value with spaces."
-        elif (wrong := _wrong(hint, values[0])) is not None:
-            yield f"{flag.lstrip('-').replace('-', '_')}={values[0]!r} must be {wrong}."
+        else:
+            for item in values:
+                if (wrong := _wrong(get_args(hint)[0] if several else hint, item)) is not None:
+                    yield f"{flag.lstrip('-').replace('-', '_')}={item!r} must be {wrong}."
 
 
 def _wrong(hint: Any, value: str) -> str | None:
@@ -172,7 +184,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
     for at, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name.replace("_", "-") == flag:
-            found = value if equals else argv[at + 1]
+            found = value if equals else next(iter(argv[at + 1 :]), None)
     return found
 
 

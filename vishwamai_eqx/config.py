@@ -31,12 +31,15 @@ class ModelConfig:
     hidden_size: int = 768
     """Width of the residual stream."""
     num_layers: int = 24
+    """Blocks of attention and experts."""
     num_heads: int = 12
+    """Query heads."""
     num_kv_heads: int = 4
     """Key and value heads; each serves num_heads / num_kv_heads query heads."""
     num_experts: int = 8
     """Feed-forward experts a layer; 1 makes a dense layer without a router."""
     experts_per_token: int = 2
+    """Experts that a token is sent to."""
     ffn_dim: int = 3072
     """Width of one expert."""
     max_seq_len: int = 2048
@@ -51,6 +54,7 @@ class ModelConfig:
     attention: Annotated[Literal["auto", "reference", "xla"], tyro.conf.arg(aliases=["--attention"])] = "auto"
     """Implementation of flash attention; auto takes what is fastest on the backend."""
     rope_theta: float = 10_000.0
+    """Base of the rotary positions' wavelengths."""
     tie_embeddings: bool = True
     """Whether the head is the embedding transposed."""
     dropout_rate: float = 0.0
@@ -91,14 +95,19 @@ class OptimConfig:
     final_learning_rate_share: float = 0.1
     """The schedule's last learning rate as a share of the peak."""
     warmup_steps: int = 500
+    """Steps over which the learning rate rises from 0."""
     schedule: Schedule = "cosine"
     """After warm-up: cosine, or wsd: stable, then linear decay over the last `decay_share` of the steps."""
     decay_share: float = 0.2
+    """Share of the steps in which wsd's learning rate falls."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices; norms, biases and gains have none."""
     beta1: float = 0.9
+    """How much of the gradient's running mean a step keeps."""
     beta2: float = 0.95
+    """How much of the squared gradient's running mean a step keeps."""
     eps: float = 1e-8
+    """Added to the root of the squared gradient's mean."""
     clip_norm: float = 1.0
     """Largest global norm of the gradient."""
     balance_loss_weight: float = 0.01
@@ -112,6 +121,7 @@ class CheckpointConfig:
     """When the state is saved."""
 
     every: int = 500
+    """Steps between saves."""
     minutes: float = 0.0
     """Save too when so many minutes have gone by since the last one; 0: never for that."""
     keep: int = 3
@@ -139,9 +149,11 @@ class EvalConfig:
     """What is looked at while the run goes on."""
 
     every: int = 500
+    """Steps between evaluations."""
     rows: int = 256
     """Held-out rows of an evaluation during the run; the last one reads them all."""
     sample_every: int = 1000
+    """Steps between samples of the model's own text."""
     sample_tokens: int = 128
     """Tokens of a sample of the model's own text."""
     samples: int = 32
@@ -157,6 +169,7 @@ class Config:
     run_dir: Path | None = None
     """Where the run lives; runs/PRESET if not given. A run that is there is resumed."""
     seed: int = 0
+    """Of the parameters, the order of the data, and dropout."""
     mesh: str = "auto"
     """Devices by axis, such as data=8; auto puts all of them on data."""
     precision: Precision = "auto"
@@ -274,23 +287,27 @@ def problems(config: Config, devices: int) -> list[str]:
         ("optim.learning_rate", optim.learning_rate, math.inf),
         ("optim.clip_norm", optim.clip_norm, math.inf),
         ("optim.eps", optim.eps, 1),
+        ("model.rope_theta", model.rope_theta, math.inf),
     ):
-        constraint = "above 0" + (f" and below {top}" if top < math.inf else "")
+        constraint = "above 0 and " + (f"below {top}" if top < math.inf else "finite")
         require(name, value, 0 < value < top, constraint, field_default(name))
     for name, value, top in (
         ("model.dropout_rate", model.dropout_rate, 1),
         ("optim.beta1", optim.beta1, 1),
         ("optim.beta2", optim.beta2, 1),
         ("optim.weight_decay", optim.weight_decay, math.inf),
-        ("optim.decay_share", optim.decay_share, 1.0000001),
-        ("optim.final_learning_rate_share", optim.final_learning_rate_share, 1.0000001),
+        ("optim.decay_share", optim.decay_share, math.nextafter(1, 2)),
+        ("optim.final_learning_rate_share", optim.final_learning_rate_share, math.nextafter(1, 2)),
         ("optim.balance_loss_weight", optim.balance_loss_weight, math.inf),
         ("optim.router_z_loss_weight", optim.router_z_loss_weight, math.inf),
         ("checkpoint.minutes", config.checkpoint.minutes, math.inf),
         ("guard.hang_minutes", config.guard.hang_minutes, math.inf),
     ):
-        constraint = "at least 0" + (f" and at most {top:.0f}" if top < math.inf else "")
-        require(name, value, 0 <= value < top, constraint, field_default(name))
+        limit = {math.inf: "finite", 1: "below 1"}.get(top, "at most 1")
+        require(name, value, 0 <= value < top, f"at least 0 and {limit}", field_default(name))
+    if data.weights:
+        holds = len(data.weights) == len(data.files) and all(0 < weight < math.inf for weight in data.weights)
+        require("data.weights", data.weights, holds, f"a number above 0 for each of {len(data.files)} globs", "none")
     require("seed", config.seed, 0 <= config.seed < 2**31, "at least 0 and below 2**31", 0)
     for name, value in (("loss_spike", config.guard.loss_spike), ("grad_spike", config.guard.grad_spike)):
         name = f"guard.{name}"

@@ -1,6 +1,7 @@
 """Generation: prefill a KV cache, then one jitted loop of decode steps, with sampling settings and seeds by row."""
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,10 +33,12 @@ class Sampling:
     """Only the fewest most likely tokens whose probability reaches p are drawn (1904.09751)."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature} must be at least 0; 0 is greedy, 1 the model's own.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k} must be at least 0; 0 draws from all tokens.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature} must be at least 0 and finite; 0 is greedy, 1 the model's own."
+            )
+        if not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k={self.top_k} must be at least 0 and below 2**31; 0 draws from all tokens.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; 1 draws from all tokens.")
 
@@ -64,10 +67,10 @@ def stream(
     seed: int = 0,
     max_length: int | None = None,
 ) -> Iterator[list[list[int]]]:
-    """Yield, a few at a time, each row's new tokens; `eos_id` ends a row and is not yielded.
+    """Each row's new tokens, a few at a time as they are made; `eos_id` ends a row and is not among them.
 
-    Row i draws with the seed's i-th key. Raises ValueError if a prompt is empty, or with its new tokens longer than
-    `max_length`, the context that the model was trained for.
+    Row i draws with the seed's i-th key. Raises ValueError, at once, if a prompt is empty, or is with its new tokens
+    longer than `max_length`, the context that the model was trained for.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
@@ -77,8 +80,21 @@ def stream(
     if max_length is not None and longest + max_new_tokens > max_length:
         raise ValueError(
             f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens it is over the model's context of "
-            f"{max_length}; take at most {max(max_length - longest, 0)} or a shorter prompt."
+            f"{max_length}; take "
+            + (f"at most {max_length - longest} or a shorter prompt." if longest < max_length else "a shorter prompt.")
         )
+    return _stream(model, prompts, max_new_tokens, eos_id, sampling, seed)
+
+
+def _stream(
+    model: VishwamAI,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_id: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[list[list[int]]]:
+    longest = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt

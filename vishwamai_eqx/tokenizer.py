@@ -212,7 +212,7 @@ class VishwamAITokenizer:
     def _pieces(self, text: str) -> tuple[int, ...]:
         try:
             return tuple(self._spelled(text) if SPACE in text else self._processor.encode(text))
-        except RuntimeError:
+        except (RuntimeError, TypeError):
             raise ValueError(_not_text([text])) from None
 
     def _spelled(self, text: str) -> list[int]:
