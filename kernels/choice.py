@@ -3,8 +3,12 @@
 import difflib
 import functools
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
+
+from jax.typing import DTypeLike
+
+from kernels.tpu import DTYPES, current_generation
 
 logger = logging.getLogger("kernels")
 
@@ -27,13 +31,35 @@ def choose(operation: str, implementation: str | None, available: Collection[str
     return implementation
 
 
-def refuse_interpret(operation: str, name: str, interpret: Any) -> None:
-    """**Raises** ValueError where an implementation that is no Pallas kernel is to be interpreted."""
+def choose_kernel(
+    operation: str,
+    implementation: str | None,
+    available: Mapping[str, Callable[..., Any]],
+    argument: str,
+    dtype: DTypeLike,
+    interpret: Any,
+) -> Callable[..., Any]:
+    """The implementation of an operation that has a Pallas kernel, which on a TPU is the automatic one.
+
+    `argument` names the array whose type, `dtype`, decides whether there is a kernel for it.
+
+    **Raises** ValueError where there is none, and where what is no Pallas kernel is to be interpreted.
+    """
+    automatic = "xla" if current_generation() is None or dtype not in DTYPES else "pallas_tpu"
+    name = choose(operation, implementation, available, automatic)
+    if name == "pallas_tpu":
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{operation}: {argument}.dtype={dtype} is not float32 or bfloat16, which implementation 'pallas_tpu' "
+                f"takes; cast {argument}, or pass implementation='xla'"
+            )
+        return functools.partial(available[name], interpret=interpret)
     if interpret:
         raise ValueError(
             f"{operation}: interpret={interpret!r} has no meaning for implementation {name!r}; "
             "leave it out: only Pallas kernels can be interpreted"
         )
+    return available[name]
 
 
 @functools.cache

@@ -3,6 +3,12 @@
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+
+DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
+"""What the kernels take."""
+LANES = 128
+"""Columns of a register."""
 
 
 @dataclass(frozen=True)

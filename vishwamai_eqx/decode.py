@@ -83,18 +83,18 @@ def stream(
             f"{max_length}; take "
             + (f"at most {max_length - longest} or a shorter prompt." if longest < max_length else "a shorter prompt.")
         )
-    return _stream(model, prompts, max_new_tokens, eos_id, sampling, seed)
+    return _stream(model, prompts, longest, max_new_tokens, eos_id, sampling, seed)
 
 
 def _stream(
     model: VishwamAI,
     prompts: Sequence[Sequence[int]],
+    longest: int,
     max_new_tokens: int,
     eos_id: int,
     sampling: Sampling,
     seed: int,
 ) -> Iterator[list[list[int]]]:
-    longest = max(len(prompt) for prompt in prompts)
     tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt

@@ -1,6 +1,5 @@
 """The public `flash_attention`: validation, and the choice of an implementation."""
 
-import functools
 import math
 from typing import Any
 
@@ -9,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
 
-from kernels.choice import choose
+from kernels.choice import choose_kernel
 from kernels.flash_attention import pallas_tpu, reference, xla
 from kernels.flash_attention.problem import Operands, Settings
-from kernels.tpu import current_generation
 
 _IMPLEMENTATIONS = {
     "reference": reference.flash_attention,
@@ -71,16 +69,7 @@ def flash_attention(
     """
     _check_shapes(q, k, v)
     _check(q, k, segment_ids, window, softcap, scale, block_size, dropout_rate, dropout_key, k_scale, v_scale)
-    automatic = "xla" if current_generation() is None or q.dtype not in pallas_tpu.DTYPES else "pallas_tpu"
-    name = choose("flash_attention", implementation, _IMPLEMENTATIONS, automatic)
-    attend = _IMPLEMENTATIONS[name]
-    if name == "pallas_tpu":
-        attend = functools.partial(pallas_tpu.flash_attention, interpret=interpret)
-    elif interpret:
-        raise ValueError(
-            f"flash_attention: interpret={interpret!r} has no meaning for implementation {name!r}; "
-            "leave it out: only Pallas kernels can be interpreted"
-        )
+    attend = choose_kernel("flash_attention", implementation, _IMPLEMENTATIONS, "q", q.dtype, interpret)
     dense, block_mask = _split_mask(mask, q, k, block_size)
     concrete = isinstance(block_mask, np.ndarray)
     settings = Settings(

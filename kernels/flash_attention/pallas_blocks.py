@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels.tpu import Generation
+from kernels.tpu import LANES, Generation
 
-LANES = 128
 # The compiler keeps some vector memory for itself: spilled registers and the second halves of its own copies.
 SHARE_OF_VMEM = 0.9
 

@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from kernels.flash_attention import dropout
-from kernels.flash_attention.pallas_blocks import LANES
 from kernels.flash_attention.pallas_tables import kv_block, q_block
 from kernels.flash_attention.problem import Operands, Settings
+from kernels.tpu import LANES
 
 # What a score is where a query does not see a key, and below which a row's maximum never falls: the difference's
 # exponential is zero, also in rows that see nothing.

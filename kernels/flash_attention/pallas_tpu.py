@@ -16,14 +16,12 @@ from jaxtyping import Array, Float
 
 from kernels.compat import vary_alike
 from kernels.flash_attention.pallas_backward import backward
-from kernels.flash_attention.pallas_blocks import LANES, SHARE_OF_VMEM, BlockSizes, default_blocks
+from kernels.flash_attention.pallas_blocks import SHARE_OF_VMEM, BlockSizes, default_blocks
 from kernels.flash_attention.pallas_forward import forward
 from kernels.flash_attention.pallas_scores import LOG2_E, Block, element_inputs, scalars
 from kernels.flash_attention.pallas_tables import kv_block, on_diagonal, q_block, schedule
 from kernels.flash_attention.problem import Operands, Settings
-from kernels.tpu import Generation, current_generation
-
-DTYPES = (jnp.bfloat16, jnp.float32)
+from kernels.tpu import LANES, Generation, current_generation
 
 
 @dataclass(frozen=True)
@@ -75,13 +73,8 @@ def flash_attention(
 
     `blocks` replaces the generation's own; `interpret` runs the kernels without a TPU.
 
-    **Raises** ValueError for types that TPUs do not have and blocks that do not fit.
+    **Raises** ValueError for blocks that do not fit.
     """
-    if q.dtype not in DTYPES:
-        raise ValueError(
-            f"flash_attention: implementation 'pallas_tpu' takes bfloat16 and float32, not {q.dtype}; "
-            "cast q, k and v, or use implementation 'xla'"
-        )
     generation = current_generation()
     head_dim = q.shape[3]
     # Narrow heads fill half a register's lanes; between 64 and 128 and above, whole registers are as fast.

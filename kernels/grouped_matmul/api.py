@@ -1,16 +1,14 @@
 """The public `grouped_matmul`."""
 
-import functools
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.choice import choose, refuse_interpret
+from kernels.choice import choose_kernel
 from kernels.compat import known
 from kernels.grouped_matmul import pallas_tpu, reference, xla
-from kernels.tpu import current_generation
 
 _IMPLEMENTATIONS = {
     "reference": reference.grouped_matmul,
@@ -35,8 +33,8 @@ def grouped_matmul(
     and out[r] = lhs[r] rhs[g]ᵀ. Rows beyond sum(group_sizes) give zeros, and their gradients are zero.
 
     `row_alignment` is a promise that every group size is a multiple of it, as in a plan of `moe_dispatch`; a multiple
-    of 256 saves a copy. rhs is rounded to lhs's type first; its gradient has rhs's own type. `interpret` runs the
-    Pallas kernels without a TPU: `pltpu.InterpretParams()`, or True.
+    of 8 that divides the rows saves a copy. rhs is rounded to lhs's type first; its gradient has rhs's own type.
+    `interpret` runs the Pallas kernels without a TPU: `pltpu.InterpretParams()`, or True.
 
     **Raises** ValueError where rhs does not fit lhs, a group size that is known when tracing is negative, the groups
     have more rows than lhs, row_alignment is below 1, or the implementation is unknown or has no kernel for the type.
@@ -50,13 +48,7 @@ def grouped_matmul(
     if row_alignment < 1:
         raise ValueError(f"grouped_matmul: row_alignment={row_alignment} must be at least 1; pass 1 for any sizes")
     _check_sizes(group_sizes, lhs.shape[0])
-    automatic = "xla" if current_generation() is None or lhs.dtype not in pallas_tpu.DTYPES else "pallas_tpu"
-    name = choose("grouped_matmul", implementation, _IMPLEMENTATIONS, automatic)
-    product = _IMPLEMENTATIONS[name]
-    if name == "pallas_tpu":
-        product = functools.partial(product, interpret=interpret)
-    else:
-        refuse_interpret("grouped_matmul", name, interpret)
+    product = choose_kernel("grouped_matmul", implementation, _IMPLEMENTATIONS, "lhs", lhs.dtype, interpret)
     with jax.named_scope("grouped_matmul"):
         return product(lhs, rhs, group_sizes, row_alignment, transposed)
 

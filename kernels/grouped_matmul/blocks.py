@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-from kernels.tpu import Generation
+from kernels.tpu import LANES, Generation
 
-LANES = 128
 # Rows of a tile, the best first. 512 leave 4% of a v6e's cycles to the step itself and 256 leave 8%, but tiles that fit
 # the groups need no masks and are never visited twice.
 ROWS = (512, 256)

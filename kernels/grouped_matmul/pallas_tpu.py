@@ -16,12 +16,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels.compat import output_like, vary_alike
-from kernels.grouped_matmul.blocks import LANES, Blocks, gradient_blocks, product_blocks
+from kernels.grouped_matmul.blocks import Blocks, gradient_blocks, product_blocks
 from kernels.grouped_matmul.visits import visits
 from kernels.grouped_matmul.words import narrow, rows_between, widen, words
-from kernels.tpu import current_generation
+from kernels.tpu import LANES, current_generation
 
-DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 # Columns that are computed at a time: the next ones' operands are widened while these are multiplied.
 _COLUMNS = 512
 
@@ -52,11 +51,6 @@ def grouped_matmul(
 
     `product` and `gradient` replace the block sizes of the generation that it is traced for.
     """
-    if lhs.dtype not in DTYPES:
-        raise ValueError(
-            f"grouped_matmul: lhs.dtype={lhs.dtype} is not float32 or bfloat16, which implementation 'pallas_tpu' "
-            "takes; cast lhs, or pass implementation='xla'"
-        )
     if lhs.shape[0] == 0 or rhs.shape[0] == 0:
         return jnp.zeros((lhs.shape[0], rhs.shape[1 if transposed else 2]), lhs.dtype)
     settings = _Settings(row_alignment, transposed, rhs.dtype, interpret, product, gradient)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from kernels.tpu import LANES
+
 HIGH = 0xFFFF0000
 
 

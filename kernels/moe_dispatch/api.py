@@ -1,20 +1,18 @@
 """The public `moe_dispatch` and `moe_combine`."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kernels.choice import choose, refuse_interpret
+from kernels.choice import choose_kernel
 from kernels.compat import known
 from kernels.moe_dispatch import pallas_tpu, reference, xla
 from kernels.moe_dispatch.plan import DispatchPlan, default_alignment, plan
-from kernels.tpu import current_generation
 
-_IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
+_DISPATCH = {"reference": reference.dispatch, "xla": xla.dispatch, "pallas_tpu": pallas_tpu.dispatch}
+_COMBINE = {"reference": reference.combine, "xla": xla.combine, "pallas_tpu": pallas_tpu.combine}
 
 
 def moe_dispatch(
@@ -44,7 +42,7 @@ def moe_dispatch(
         row_alignment = default_alignment(expert_index.size, num_experts)
     _positive("row_alignment", row_alignment)
     _check_experts(expert_index, num_experts)
-    dispatch = _chosen("moe_dispatch", "dispatch", x, implementation, interpret)
+    dispatch = choose_kernel("moe_dispatch", implementation, _DISPATCH, "x", x.dtype, interpret)
     with jax.named_scope("moe_dispatch"):
         layout = plan(expert_index, num_experts, row_alignment)
         return dispatch(x, layout), layout
@@ -64,19 +62,9 @@ def moe_combine(
 
     **Raises** ValueError for an implementation that is unknown or has no kernel for the type.
     """
-    combine = _chosen("moe_combine", "combine", rows, implementation, interpret)
+    combine = choose_kernel("moe_combine", implementation, _COMBINE, "rows", rows.dtype, interpret)
     with jax.named_scope("moe_combine"):
         return combine(rows, plan, weights)
-
-
-def _chosen(operation: str, function: str, x: jax.Array, implementation: str | None, interpret: Any) -> Callable:
-    automatic = "xla" if current_generation() is None or x.dtype not in pallas_tpu.DTYPES else "pallas_tpu"
-    name = choose(operation, implementation, _IMPLEMENTATIONS, automatic)
-    chosen = getattr(_IMPLEMENTATIONS[name], function)
-    if name == "pallas_tpu":
-        return functools.partial(chosen, interpret=interpret)
-    refuse_interpret(operation, name, interpret)
-    return chosen
 
 
 def _check_experts(expert_index, num_experts: int) -> None:

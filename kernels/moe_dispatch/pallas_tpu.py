@@ -17,7 +17,6 @@ from kernels.compat import output_like, vary_alike
 from kernels.moe_dispatch.plan import DispatchPlan, owns_row, token_of_row
 from kernels.tpu import current_generation
 
-DTYPES = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 # Rows of a step: one tile of bf16 in memory, so that no two steps write to one tile.
 STEP = 16
 # Indices of a call: they lie in scalar memory, 16 KiB of it on v2 and v3 and 1 MiB on later generations.
@@ -28,7 +27,6 @@ def dispatch(
     x: Float[Array, "tokens d_model"], plan: DispatchPlan, interpret: Any = None
 ) -> Float[Array, "padded_rows d_model"]:
     """Copy each token to the row of each of its choices."""
-    _check("moe_dispatch", "x", x)
     return _dispatch(*vary_alike((x, plan)), interpret)
 
 
@@ -39,16 +37,7 @@ def combine(
     interpret: Any = None,
 ) -> Float[Array, "tokens d_model"]:
     """Sum each token's rows with their weights."""
-    _check("moe_combine", "rows", rows)
     return _combine(*vary_alike((rows, plan, weights)), interpret)
-
-
-def _check(operation, name, x):
-    if x.dtype not in DTYPES:
-        raise ValueError(
-            f"{operation}: {name}.dtype={x.dtype} is not float32 or bfloat16, which implementation 'pallas_tpu' takes; "
-            f"cast {name}, or pass implementation='xla'"
-        )
 
 
 def _rows_of_tokens(x, plan, scale, interpret):
