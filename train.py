@@ -41,7 +41,7 @@ from vishwamai_eqx import (
 )
 from vishwamai_eqx.accounting import Clock
 from vishwamai_eqx.checkpoint import Checkpoints
-from vishwamai_eqx.config import Config, parse_mesh, problems, to_dict
+from vishwamai_eqx.config import BATCH_AXES, Config, parse_mesh, problems, to_dict
 from vishwamai_eqx.data import Batch
 from vishwamai_eqx.feed import Feed, place
 from vishwamai_eqx.guard import Signals
@@ -57,8 +57,8 @@ from vishwamai_eqx.version import code_version
 from vishwamai_eqx.watchdog import Watchdog
 
 P = PartitionSpec
-ROWS = P("data")  # of [rows, seq]
-MICROBATCHES = P(None, "data")  # of [microbatches, rows, seq]
+ROWS = P(BATCH_AXES)  # of [rows, seq]
+MICROBATCHES = P(None, BATCH_AXES)  # of [microbatches, rows, seq]
 
 
 class Metrics(eqx.Module):
@@ -106,13 +106,13 @@ def make_step(
         nll = token_loss(model, specs.model, hidden, batch) / tokens
         if router is None:
             return nll, (nll, jnp.zeros(()), jnp.zeros(()), None)
-        router = jax.lax.psum(router, "data")
+        router = jax.lax.psum(router, BATCH_AXES)
         balance, z = (rows.mean() / config.optim.batch_size for rows in (router.balance, router.z))
         total = nll + config.optim.balance_loss_weight * balance + config.optim.router_z_loss_weight * z
         return total, (nll, balance, z, router.load)
 
     def step(current: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = jax.lax.psum((batch.segment_ids > 0).sum(dtype=jnp.float32), "data")
+        tokens = jax.lax.psum((batch.segment_ids > 0).sum(dtype=jnp.float32), BATCH_AXES)
         key = jax.random.fold_in(jax.random.key(config.seed), current.step) if config.model.dropout_rate else None
         microbatches, rows = batch.tokens.shape[:2]
 
@@ -121,7 +121,7 @@ def make_step(
         # The gradients of the probes say in which layer the forward pass was not finite.
         def accumulate(gradients: tuple[VishwamAI, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             part, index = xs
-            first_row = (index * jax.lax.axis_size("data") + jax.lax.axis_index("data")) * rows
+            first_row = (index * jax.lax.axis_size(BATCH_AXES) + jax.lax.axis_index(BATCH_AXES)) * rows
             more, metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(*variables, part, tokens, key, first_row)
             return jax.tree.map(jnp.add, gradients, more), metrics
 
@@ -146,7 +146,7 @@ def make_step(
             tokens=tokens.astype(jnp.int32),
             load=None if load is None else load / load.sum(axis=-1, keepdims=True),
             batch=jax.lax.psum(
-                data.hash_lanes(jax.tree.map(lambda rows: rows.reshape(-1, rows.shape[-1]), batch)), "data"
+                data.hash_lanes(jax.tree.map(lambda rows: rows.reshape(-1, rows.shape[-1]), batch)), BATCH_AXES
             ),
             watch=watch,
             broken=broken,
@@ -162,7 +162,7 @@ def make_evaluate(mesh: Mesh, specs: VishwamAI) -> Callable[[VishwamAI, Batch], 
 
     def evaluate(model: VishwamAI, batch: Batch) -> tuple[Array, Array]:
         hidden, _, _ = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, placement=specs)
-        return token_loss(model, specs, hidden, batch), jax.lax.psum((batch.segment_ids > 0).sum(), "data")
+        return token_loss(model, specs, hidden, batch), jax.lax.psum((batch.segment_ids > 0).sum(), BATCH_AXES)
 
     return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=(specs, ROWS), out_specs=(P(), P()), check_vma=True))
 
@@ -172,7 +172,7 @@ def token_loss(model: VishwamAI, specs: VishwamAI, hidden: Array, batch: Batch) 
     head = gather(model.head_weight, specs.head_weight, hidden.dtype)
     real = (batch.segment_ids > 0).astype(jnp.float32)
     with jax.named_scope("cross_entropy"):
-        return jax.lax.psum(cross_entropy(hidden, head.weight, batch.targets, real), "data")
+        return jax.lax.psum(cross_entropy(hidden, head.weight, batch.targets, real), BATCH_AXES)
 
 
 def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:

@@ -31,10 +31,10 @@ def vary_alike(tree: Any) -> Any:
     A `custom_vjp` must return cotangents with the types of its inputs. With equal inputs that holds by itself, and the
     sum over devices that a replicated input's gradient needs is the transpose of the cast made here.
     """
-    axes = frozenset[str]().union(*(_varying(leaf) for leaf in jax.tree.leaves(tree)))
+    axes = frozenset[str]().union(*(varying_axes(leaf) for leaf in jax.tree.leaves(tree)))
 
     def vary(leaf: ArrayLike) -> ArrayLike:
-        missing = axes - _varying(leaf)
+        missing = axes - varying_axes(leaf)
         return lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree)
@@ -43,7 +43,7 @@ def vary_alike(tree: Any) -> Any:
 def zeros_varying_like(shape: Sequence[int], dtype: DTypeLike, like: jax.Array) -> jax.Array:
     """Zeros that vary over the manual mesh axes of `like`, as the carry of a loop must."""
     zeros = jnp.zeros(shape, dtype)
-    axes = _varying(like)
+    axes = varying_axes(like)
     return lax.pcast(zeros, tuple(sorted(axes)), to="varying") if axes else zeros
 
 
@@ -60,5 +60,5 @@ def known(x: ArrayLike) -> np.ndarray | None:
     return np.asarray(x)
 
 
-def _varying(leaf: ArrayLike) -> frozenset[str]:
+def varying_axes(leaf: ArrayLike) -> frozenset[str]:
     return jax.typeof(leaf).manual_axis_type.varying

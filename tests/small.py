@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 
 from vishwamai_eqx.config import PRESETS, Config
 from vishwamai_eqx.data import Batch
 
 VOCAB = 96
+MIXED = {"data": 2, "expert": 2, "model": 2}
 
 
 def small(*, optim: dict[str, Any] | None = None, **model: Any) -> Config:
@@ -34,3 +36,11 @@ def random_batch(rows: int, seq: int, seed: int) -> Batch:
             segment_ids[row, start:end] = segment
             positions[row, start:end] = np.arange(end - start)
     return Batch(tokens, targets, segment_ids, positions)
+
+
+def worst(a: object, b: object) -> float:
+    """The largest difference between two trees, relative to the largest number of each pair of leaves."""
+    differences = jax.tree.map(
+        lambda x, y: np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(x), initial=0), 1e-30), a, b
+    )
+    return max(jax.tree.leaves(differences))

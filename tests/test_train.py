@@ -1,6 +1,7 @@
-"""The step: devices and microbatches cannot change it, and a run goes on where it stopped."""
+"""The step: meshes and microbatches cannot change it, and planted faults do."""
 
 import functools
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -11,65 +12,107 @@ import pytest
 from jax.sharding import NamedSharding
 
 import train
-from tests.small import random_batch, small
-from vishwamai_eqx import optim, state
+from tests.small import MIXED, random_batch, small, worst
+from vishwamai_eqx import exchange, mesh, optim, state
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.state import TrainState
 
 
-def run(config: Config, devices: int, steps: int, dtype: str) -> tuple[list[train.Metrics], TrainState]:
-    """Some steps on so many devices; the metrics of each and the last state."""
-    sizes = {"data": devices}
-    mesh, transform = make_mesh(sizes), optim.optimizer(config.optim)
+def run(
+    config: Config,
+    mesh: dict[str, int],
+    steps: int,
+    dtype: str,
+    start: Callable[[TrainState], TrainState] = lambda s: s,
+) -> tuple[list[train.Metrics], TrainState]:
+    """Some steps on a mesh of those sizes; the metrics of each and the last state."""
+    devices, transform = make_mesh(mesh), optim.optimizer(config.optim)
     abstract = state.abstract_state(config.model, dtype, transform)
-    specs = state.placement(abstract, sizes, transform)
-    shardings = state.shardings(mesh, specs)
-    current = state.initialise(config.model, dtype, transform, 0, shardings)
+    specs = state.placement(abstract, dict(devices.shape), transform)
+    shardings = state.shardings(devices, specs)
+    current = start(state.initialise(config.model, dtype, transform, 0, shardings))
     if dtype == "float64":
         current = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, current)
-    step = train.make_step(config, mesh, specs, transform)
+    step = train.make_step(config, devices, specs, transform)
     metrics = []
     for n in range(steps):
         batch = random_batch(config.optim.batch_size, 16, n)
         parts = jax.tree.map(lambda rows: rows.reshape(config.optim.microbatches, -1, rows.shape[-1]), batch)
-        current, more = step(current, jax.device_put(parts, NamedSharding(mesh, train.MICROBATCHES)))
+        current, more = step(current, jax.device_put(parts, NamedSharding(devices, train.MICROBATCHES)))
         metrics.append(jax.device_get(more))
     return metrics, jax.device_get(current)
 
 
-def worst(a: object, b: object) -> float:
-    """The largest difference between two trees, relative to the largest number of each pair of leaves."""
-    differences = jax.tree.map(
-        lambda x, y: np.max(np.abs(x - y), initial=0) / max(np.max(np.abs(x), initial=0), 1e-30), a, b
-    )
-    return max(jax.tree.leaves(differences))
-
-
 # Every loss term is large enough here for a mistake in it to show, and the clip bites.
 WEIGHTS = {"balance_loss_weight": 0.3, "router_z_loss_weight": 0.1, "clip_norm": 0.5}
-one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **model), 1, steps, dtype))
+OTHERWISE = {"tie_embeddings": False, "remat": "full", "dropout_rate": 0.2}
+one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **model), {}, steps, dtype))
 
 
-@pytest.mark.parametrize("microbatches", [1, 4])
-@pytest.mark.parametrize("model", [{}, {"tie_embeddings": False, "remat": "full", "dropout_rate": 0.2}])
-@pytest.mark.parametrize("devices", [1, 2])
-def test_meshes_and_microbatches_do_not_change_the_losses(devices, model, microbatches):
-    devices = {1: 1, 2: 8 if microbatches == 1 else 4}[devices]
-    if devices == microbatches == 1:
-        pytest.skip("that is the run compared with")
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "model"),
+    [
+        ({}, 4, {}),
+        ({}, 4, OTHERWISE),
+        ({"data": 8}, 1, {}),
+        ({"data": 8}, 1, OTHERWISE),
+        ({"data": 4}, 4, OTHERWISE),
+        ({"data": 4, "expert": 2}, 2, {}),
+        (MIXED, 1, {}),
+        (MIXED, 4, OTHERWISE),
+        ({"expert": 8}, 2, {}),
+        ({"model": 4}, 4, {}),
+        ({"data": 2, "model": 4}, 1, OTHERWISE),
+        ({"replica": 2, "data": 2, "model": 2}, 1, {}),
+    ],
+    ids=str,
+)
+def test_meshes_and_microbatches_do_not_change_the_losses(mesh, microbatches, model):
     with jax.enable_x64(True):
         expected, _ = one("float64", 20, **model)
-        found, _ = run(small(optim={**WEIGHTS, "microbatches": microbatches}, **model), devices, 20, "float64")
+        found, _ = run(small(optim={**WEIGHTS, "microbatches": microbatches}, **model), mesh, 20, "float64")
         assert worst(expected, found) < 1e-9
 
 
-@pytest.mark.parametrize(("devices", "microbatches"), [(8, 1), (1, 4), (2, 4)])
-def test_first_gradient_in_f32(devices, microbatches):
+@pytest.mark.parametrize(
+    ("mesh", "microbatches"),
+    [
+        ({"data": 8}, 1),
+        ({}, 4),
+        ({"data": 2}, 4),
+        ({"data": 4, "expert": 2}, 1),
+        (MIXED, 1),
+        ({"expert": 8}, 1),
+        ({"model": 4}, 1),
+        ({"data": 2, "model": 4}, 1),
+    ],
+    ids=str,
+)
+def test_first_gradient_in_f32(mesh, microbatches):
     _, expected = one("float32", 1)
-    _, found = run(small(optim={**WEIGHTS, "microbatches": microbatches}), devices, 1, "float32")
+    _, found = run(small(optim={**WEIGHTS, "microbatches": microbatches}), mesh, 1, "float32")
     # After one step, Adam's first moment is the clipped gradient times 1 - beta1.
     assert worst(expected.opt_state[0].mu, found.opt_state[0].mu) < 1e-5
+
+
+def to_one_expert(current: TrainState) -> TrainState:
+    """A constant feature in front of the router, by which it prefers the last expert."""
+    experts = current.model.blocks.experts
+    bias = current.model.blocks.experts_norm.bias.at[:, 0].set(20)
+    router = experts.router.weight.at[:, 0, :].set(jnp.arange(experts.gate.shape[1], dtype=jnp.float32))
+    where = lambda s: (s.model.blocks.experts_norm.bias, s.model.blocks.experts.router.weight)  # noqa: E731
+    return eqx.tree_at(where, current, (bias, router))
+
+
+def test_all_tokens_to_one_expert():
+    config = small(optim=WEIGHTS, experts_per_token=1)
+    with jax.enable_x64(True):
+        expected, _ = run(config, {}, 3, "float64", to_one_expert)
+        found, _ = run(config, MIXED, 3, "float64", to_one_expert)
+    for metrics in expected:
+        np.testing.assert_array_equal(metrics.load, [[0] * 7 + [1]] * 2)
+    assert worst(expected, found) < 1e-9
 
 
 def extra_psum_of_the_loss(model, specs, hidden, batch, *, right=train.token_loss):
@@ -89,24 +132,47 @@ def gradient_of_a_copy_summed_by_hand(gradients, norm, limit, *, right=optim.cli
     return right(eqx.tree_at(lambda model: model.norm, gradients, copied), norm, limit)
 
 
+def extra_psum_over_model(x, *axes, right=mesh.total):
+    once = right(x, *axes)
+    return right(jax.tree.map(lambda leaf: mesh.vary(leaf, *axes), once), *axes) if axes == ("model",) else once
+
+
+def gather_of_the_wrong_axis(shard, dimension, axes, dtype, *, right=mesh.gathered):
+    return right(shard, dimension, {("data",): ("expert",), ("data", "expert"): ("expert", "data")}[axes], dtype)
+
+
+def a_row_that_is_lost(rows, sizes, source, target, length, *, right=exchange.move):
+    return right(rows, jnp.maximum(sizes - 1, 0), source, target, length)
+
+
 @pytest.mark.parametrize(
-    ("owner", "name", "fault"),
+    ("sizes", "owner", "name", "fault"),
     [
-        (train, "token_loss", extra_psum_of_the_loss),
-        (optim, "global_norm", norm_without_psum),
-        (optim, "global_norm", norm_that_counts_copies_again),
-        (optim, "clip", gradient_of_a_copy_summed_by_hand),
+        ({"data": 8}, train, "token_loss", extra_psum_of_the_loss),
+        ({"data": 8}, optim, "global_norm", norm_without_psum),
+        ({"data": 8}, optim, "global_norm", norm_that_counts_copies_again),
+        ({"data": 8}, optim, "clip", gradient_of_a_copy_summed_by_hand),
+        (MIXED, mesh, "total", extra_psum_over_model),
+        (MIXED, mesh, "gathered", gather_of_the_wrong_axis),
+        (MIXED, exchange, "move", a_row_that_is_lost),
     ],
 )
-def test_a_planted_psum_is_seen(monkeypatch, owner, name, fault):
+def test_a_planted_fault_is_seen(monkeypatch, sizes, owner, name, fault):
     with jax.enable_x64(True):
         _, expected = one("float64", 1)
         monkeypatch.setattr(owner, name, fault)
-        _, found = run(small(optim=WEIGHTS), 8, 1, "float64")
+        _, found = run(small(optim=WEIGHTS), sizes, 1, "float64")
     assert worst(expected.opt_state[0].mu, found.opt_state[0].mu) > 1e-3
+
+
+def test_a_missing_pmax_is_refused(monkeypatch):
+    """Each device would shift its logits by its own largest, and the types say so."""
+    monkeypatch.setattr(mesh, "largest", lambda x, *axes: x)
+    with pytest.raises(Exception, match=r"(?s)varying|V:\(.*model"):
+        run(small(optim=WEIGHTS), MIXED, 1, "float32")
 
 
 def test_loss_starts_near_that_of_a_guess():
     config = small(vocab_size=2048, hidden_size=128)
-    metrics, _ = run(config, 1, 1, "float32")
+    metrics, _ = run(config, {}, 1, "float32")
     assert abs(metrics[0].loss / np.log(2048) - 1) < 0.02

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import kernels
 from vishwamai_eqx.config import AttentionPattern
 from vishwamai_eqx.layers import TPUGEMMLinear, rotate
+from vishwamai_eqx.mesh import index, size, vary
 
 Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 """Cosines and sines of the rotary positions, the same for all layers."""
@@ -55,7 +56,9 @@ class CacheSlot(eqx.Module):
 class TPUMultiHeadAttention(eqx.Module):
     """Causal attention with rotary positions; `num_kv_heads` keys and values serve `num_heads` queries (2305.13245).
 
-    With `use_flash_attn` the scores of long rows are never held; without it the reference computes them all.
+    With `use_flash_attn` the scores of long rows are never held; without it the reference computes them all. Heads are
+    divided over the mesh's `model`; where there are fewer key and value heads than devices, each computes them all and
+    attends to its own.
     """
 
     query: TPUGEMMLinear
@@ -95,10 +98,11 @@ class TPUMultiHeadAttention(eqx.Module):
             )
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
         width, kv_width = num_heads * head_dim, num_kv_heads * head_dim
-        self.query = TPUGEMMLinear(hidden_size, width, False, use_fp8, key=query_key)
-        self.key = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, key=key_key)
-        self.value = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, key=value_key)
-        self.out = TPUGEMMLinear(width, hidden_size, False, use_fp8, gain=residual_gain, key=out_key)
+        queries, keys, outputs = ("features", num_heads), ("features", num_kv_heads), ("in_features", num_heads)
+        self.query = TPUGEMMLinear(hidden_size, width, False, use_fp8, split=queries, key=query_key)
+        self.key = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, split=keys, key=key_key)
+        self.value = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, split=keys, key=value_key)
+        self.out = TPUGEMMLinear(width, hidden_size, False, use_fp8, gain=residual_gain, split=outputs, key=out_key)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.pattern, self.window, self.block = pattern, window, block
         self.dropout_rate = dropout_rate
@@ -120,8 +124,11 @@ class TPUMultiHeadAttention(eqx.Module):
         `key` turns dropout on; `first_row` is the index, in the whole batch, of this device's first row.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        q, k = (rotate(project(x).reshape(heads), angles) for project in (self.query, self.key))
-        v = self.value(x).reshape(heads)
+        # One copy for each device along `model`, so that the gradients of its uses are summed here and then once there.
+        x = vary(x, "model")
+        q = rotate(self.query(x).reshape(heads), angles)
+        k, v = (self.own_heads(project(x).reshape(heads)) for project in (self.key, self.value))
+        k = rotate(k, angles)
         cache, options = None, self.pattern_options(x.shape[1])
         if slot is not None:
             cache, k, v = slot.extend(k, v)
@@ -129,10 +136,23 @@ class TPUMultiHeadAttention(eqx.Module):
         elif segment_ids is not None:
             options["segment_ids"] = segment_ids
         if key is not None and self.dropout_rate > 0:
-            options |= {"dropout_rate": self.dropout_rate, "dropout_key": key, "dropout_offset": (first_row, 0)}
+            options |= {
+                "dropout_rate": self.dropout_rate,
+                "dropout_key": key,
+                "dropout_offset": (first_row, index("model") * q.shape[2]),
+            }
         y = kernels.flash_attention(q, k, v, implementation=self.implementation, **options)
         assert isinstance(y, Array)  # alone, without the log-sum-exp
         return self.out(y.reshape(*x.shape[:2], -1)), cache
+
+    def own_heads(
+        self, kv: Float[Array, "batch seq kv_heads head_dim"]
+    ) -> Float[Array, "batch seq own_kv_heads head_dim"]:
+        """Of all heads the one that this device's queries attend to, where devices share it."""
+        if size("model") <= self.num_kv_heads:
+            return kv
+        head = index("model") * self.num_kv_heads // size("model")
+        return jax.lax.dynamic_slice_in_dim(kv, head, 1, axis=2)
 
     def pattern_options(self, length: int, positions: Int[Array, "batch seq"] | None = None) -> dict[str, Any]:
         """The pattern as the kernel's window or mask: over a row, or for queries at `positions` of a longer cache."""

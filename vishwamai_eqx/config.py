@@ -18,8 +18,12 @@ AttentionPattern = Literal["full", "window", "blocks"]
 Remat = Literal["none", "dots", "full"]
 Schedule = Literal["cosine", "wsd"]
 Precision = Literal["auto", "f32", "bf16"]
-AXES = ("data",)
-"""Of the mesh: `data` divides the batch, and with it parameters and optimiser state."""
+AXES = ("replica", "data", "expert", "model")
+"""Of the mesh, from the slowest wires to the fastest. `replica` divides the batch only, `data` the parameters and the
+optimiser state with it; `expert` is as good as `data`, and besides has the experts divided among it; `model` divides
+heads, ffn and vocabulary."""
+BATCH_AXES = AXES[:3]
+"""Those that divide the rows of a batch."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,7 @@ class Config:
     seed: int = 0
     """Of the parameters, the order of the data, and dropout."""
     mesh: str = "auto"
-    """Devices by axis, such as data=8; auto puts all of them on data."""
+    """Devices by axis of replica, data, expert and model, such as data=2,expert=2,model=2; auto puts all on data."""
     precision: Precision = "auto"
     """Type of the matrix products; auto: bf16 on accelerators and on CPUs with bf16 instructions, else f32."""
     tokenizer: Path | None = None
@@ -349,15 +353,35 @@ def problems(config: Config, devices: int) -> list[str]:
         closest(divisors(optim.batch_size), parts),
     )
     try:
-        share = parse_mesh(config.mesh, devices)["data"]
+        sizes = parse_mesh(config.mesh, devices)
     except ValueError as error:
         return [*found, str(error)]
+    share = math.prod(sizes[axis] for axis in BATCH_AXES)
     require(
         "optim.batch_size",
         optim.batch_size,
         optim.batch_size % (parts * share) == 0,
-        f"a multiple of microbatches={parts} times the mesh's data={share}",
+        f"a multiple of microbatches={parts} times the mesh's {' * '.join(BATCH_AXES)} = {share}",
         max(1, round(optim.batch_size / (parts * share))) * parts * share,
+    )
+    over = sizes["model"]
+    for name in ("num_heads", "ffn_dim", "vocab_size"):
+        value = getattr(model, name)
+        fix = f"mesh model={closest(divisors(value), over)}"
+        require(f"model.{name}", value, value % over == 0, f"a multiple of the mesh's model={over}", fix)
+    require(
+        "model.num_kv_heads",
+        model.num_kv_heads,
+        model.num_kv_heads % over == 0 or over % model.num_kv_heads == 0,
+        f"a multiple or a divisor of the mesh's model={over}",
+        closest([*divisors(over), *(over * n for n in divisors(heads))], model.num_kv_heads),
+    )
+    require(
+        "model.num_experts",
+        model.num_experts,
+        model.num_experts % sizes["expert"] == 0 or model.num_experts == 1,
+        f"a multiple of the mesh's expert={sizes['expert']}",
+        f"mesh expert={closest(divisors(model.num_experts), sizes['expert'])}",
     )
     return found
 
@@ -365,7 +389,7 @@ def problems(config: Config, devices: int) -> list[str]:
 def parse_mesh(spec: str, devices: int) -> dict[str, int]:
     """The size of each mesh axis that `data=8` or `auto` asks for; ValueError if the devices do not suffice."""
     if spec == "auto":
-        return {"data": devices}
+        return dict.fromkeys(AXES, 1) | {"data": devices}
     sizes: dict[str, int] = dict.fromkeys(AXES, 1)
     for part in spec.split(","):
         name, _, size = part.partition("=")

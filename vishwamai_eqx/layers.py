@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
+from vishwamai_eqx.mesh import index, total, vary
 from vishwamai_eqx.parameters import normal, parameter
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -28,13 +29,18 @@ class TPUGEMMLinear(eqx.Module):
 
     W is stored with its narrower side first, transposed where it makes fewer features than it takes: that is the side
     whose gradient XLA's CPU library computes at full speed.
+
+    `split` is the side that the mesh's `model` divides, and the parts, such as heads, that have to stay whole. With
+    "features" x has to vary over `model`, and each device has its part of y; with "in_features" each has its part of x,
+    and y is summed over them.
     """
 
     in_features: int = eqx.field(static=True)
     features: int = eqx.field(static=True)
     use_fp8: bool = eqx.field(static=True)
     block_size: int = eqx.field(static=True)
-    weight: Float[Array, "narrow wide"] = parameter(decay=True)
+    split: tuple[Literal["features", "in_features"], int] | None = eqx.field(static=True)
+    weight: Float[Array, "narrow wide"] = parameter(decay=True, split=lambda linear: linear.split_axis)
     bias: Float[Array, "features"] | None = parameter(decay=False)
 
     def __init__(
@@ -46,15 +52,36 @@ class TPUGEMMLinear(eqx.Module):
         block_size: int = 128,
         *,
         gain: float = 1.0,
+        split: tuple[Literal["features", "in_features"], int] | None = None,
         key: PRNGKeyArray,
     ):
+        if use_bias and split is not None:
+            raise ValueError(f"use_bias=True has no place on a mesh with split={split}; pass use_bias=False.")
         self.weight = normal(key, tuple(sorted((in_features, features))), gain / math.sqrt(in_features))
         self.bias = jnp.zeros(features) if use_bias else None
         self.in_features, self.features = in_features, features
-        self.use_fp8, self.block_size = use_fp8, block_size
+        self.use_fp8, self.block_size, self.split = use_fp8, block_size, split
 
-    def __call__(self, x: Float[Array, "*batch {self.in_features}"]) -> Float[Array, "*batch {self.features}"]:
-        y = kernels.gemm(x, self.weight, transposed=self.features < self.in_features)
+    @property
+    def transposed(self) -> bool:
+        """Whether W is stored [features, in_features]."""
+        return self.features < self.in_features
+
+    @property
+    def split_axis(self) -> tuple[int, int] | None:
+        """The axis of the stored W that the mesh's `model` divides, and into how many parts it can."""
+        return self.split and (int((self.split[0] == "features") != self.transposed), self.split[1])
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """What this device's part of W takes and makes."""
+        rows, columns = self.weight.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def __call__(self, x: Float[Array, "*batch {self.here[0]}"]) -> Float[Array, "*batch {self.here[1]}"]:
+        y = kernels.gemm(x, self.weight, transposed=self.transposed)
+        if self.split is not None and self.split[0] == "in_features":
+            return total(y, "model")
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
@@ -81,19 +108,29 @@ class TPULayerNorm(eqx.Module):
 
 
 class Embedding(eqx.Module):
-    """A row for each piece; as a head, its transpose."""
+    """A row for each piece; as a head, its transpose. Each device along the mesh's `model` has its part of the rows."""
 
-    weight: Float[Array, "vocab d_model"] = parameter(decay=True)
+    weight: Float[Array, "vocab d_model"] = parameter(decay=True, split="vocab")
 
     def __init__(self, vocab_size: int, hidden_size: int, *, std: float, key: PRNGKeyArray):
         self.weight = normal(key, (vocab_size, hidden_size), std)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        return self.weight[tokens]
+        return total(take_rows(self.weight, tokens - self.first_row), "model")
+
+    @property
+    def first_row(self) -> Int[Array, ""] | int:
+        """The piece that the first of this device's rows is of."""
+        return index("model") * self.weight.shape[0]
 
     def logits(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
         weight = self.weight.astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide(hidden.dtype))
+
+
+def take_rows(table: Float[Array, "rows width"], index: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+    """table[index], and zeros where there is no such row, whose gradient goes nowhere."""
+    return table.at[index].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
 def rotary_angles(
@@ -136,12 +173,14 @@ class GatedMLP(eqx.Module):
         key: PRNGKeyArray,
     ):
         gate_key, up_key, down_key = jax.random.split(key, 3)
-        self.gate = TPUGEMMLinear(hidden_size, ffn_dim, False, use_fp8, key=gate_key)
-        self.up = TPUGEMMLinear(hidden_size, ffn_dim, False, use_fp8, key=up_key)
-        self.down = TPUGEMMLinear(ffn_dim, hidden_size, False, use_fp8, gain=residual_gain, key=down_key)
+        inner, outer = ("features", ffn_dim), ("in_features", ffn_dim)
+        self.gate = TPUGEMMLinear(hidden_size, ffn_dim, False, use_fp8, split=inner, key=gate_key)
+        self.up = TPUGEMMLinear(hidden_size, ffn_dim, False, use_fp8, split=inner, key=up_key)
+        self.down = TPUGEMMLinear(ffn_dim, hidden_size, False, use_fp8, gain=residual_gain, split=outer, key=down_key)
         self.activation = activation
 
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
+        x = vary(x, "model")
         return self.down(gated(self.activation, self.gate(x), self.up(x)))
 
 

@@ -4,6 +4,9 @@
 
 Head and loss are computed together over chunks of tokens. Their gradients are made in the same pass, while a chunk's
 logits are there: the whole takes three matrix products a chunk instead of four, and backward only scales.
+
+Each device along the mesh's `model` has its part of the vocabulary. The largest logit, the sums of the exponentials and
+the targets' logits, three numbers a token, are all that the devices tell each other on the way forward.
 """
 
 from typing import Any
@@ -12,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from vishwamai_eqx.layers import wide
+from kernels.compat import vary_alike, zeros_varying_like
+from vishwamai_eqx import mesh
+from vishwamai_eqx.layers import take_rows, wide
 
 # Logits that live at once, 32 MB of them in f32: fewer cost more launches, and were slower on CPU too.
 CHUNK_LOGITS = 2**23
@@ -28,9 +33,13 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """The sum of the masked tokens' cross-entropy in nats; `weight` is the head's, in the type of `hidden`.
 
-    A sum, not a mean: the caller divides by the token count of the whole step.
+    `targets` are rows of the whole head, of which `weight` is this device's part. A sum, not a mean: the caller divides
+    by the token count of the whole step.
     """
     batch, seq, d_model = hidden.shape
+    hidden, targets, mask = vary_alike((hidden, targets, mask))
+    hidden, weight = vary_alike((mesh.vary(hidden, "model"), weight))
+    targets = targets - mesh.index("model") * weight.shape[0]
     tokens = batch * seq
     chunk = max(CHUNK_LOGITS // weight.shape[0], CHUNK_TOKENS)
     # Two axes a chunk: contracting both for the weight's gradient keeps XLA's CPU library on its fast path.
@@ -54,7 +63,8 @@ def chunked(
         hidden, targets, mask = chunk
         return total + chunk_loss(hidden, weight, targets, mask)[0], None
 
-    return jax.lax.scan(add, zero_like_sum(hidden, weight), (hidden, targets, mask))[0]
+    zero = zeros_varying_like((), wide(hidden.dtype), mask)
+    return jax.lax.scan(add, zero, (hidden, targets, mask))[0]
 
 
 def chunk_loss(
@@ -65,14 +75,17 @@ def chunk_loss(
 ) -> tuple[
     Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"], Float[Array, "rows seq d_model"]
 ]:
-    """A chunk's loss; exp(logits - largest), in the type of `hidden`, and one over its sums; the targets' rows."""
+    """A chunk's loss; exp(logits - largest), in the type of `hidden`, and one over its sums; the targets' rows.
+
+    Exponentials and rows are this device's, loss and sums are of all of the vocabulary.
+    """
     logits = dot(hidden, weight, (2,), (1,))
-    largest = logits.max(axis=-1)
+    largest = mesh.largest(logits.max(axis=-1), "model")
     exponentials = jnp.exp(logits - largest[..., None])
-    total = exponentials.sum(axis=-1)
     # The target's logit anew from its row: a gather of rows is cheaper than one out of the logits.
-    rows = weight[targets].astype(logits.dtype)
+    rows = take_rows(weight, targets).astype(logits.dtype)
     target = jnp.sum(hidden.astype(logits.dtype) * rows, axis=-1)
+    total, target = mesh.total((exponentials.sum(axis=-1), target), "model")
     loss = jnp.sum((jnp.log(total) + largest - target) * mask)
     return loss, exponentials.astype(hidden.dtype), 1 / total, rows
 
@@ -92,10 +105,10 @@ def chunked_fwd(hidden: Array, weight: Array, targets: Array, mask: Array) -> tu
         dweight += dot(scaled, exponentials, (0, 1), (0, 1))
         return (total + loss, dweight), dhidden.astype(hidden.dtype)
 
-    total = zero_like_sum(hidden, weight)
-    dweight = jnp.zeros(weight.shape[::-1], total.dtype) + total
-    (total, dweight), dhidden = jax.lax.scan(add, (total, dweight), (hidden, targets, mask))
-    dweight = dweight.T.at[targets].add(-hidden * mask[..., None])
+    zero = zeros_varying_like((), wide(hidden.dtype), mask)
+    dweight = zeros_varying_like(weight.shape[::-1], zero.dtype, weight)
+    (total, dweight), dhidden = jax.lax.scan(add, (zero, dweight), (hidden, targets, mask))
+    dweight = dweight.T.at[targets].add(-hidden * mask[..., None], mode="drop", wrap_negative_indices=False)
     return total, (dhidden, dweight.astype(weight.dtype))
 
 
@@ -105,11 +118,6 @@ def chunked_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
 
 
 chunked.defvjp(chunked_fwd, chunked_bwd)
-
-
-def zero_like_sum(hidden: Array, weight: Array) -> Float[Array, ""]:
-    """A zero that varies over the mesh as the sums over these two do, as the scan's carry has to from the start."""
-    return (hidden.ravel()[0] * weight.ravel()[0] * 0).astype(wide(hidden.dtype))
 
 
 def dot(a: Array, b: Array, contract_a: tuple[int, ...], contract_b: tuple[int, ...]) -> Array:

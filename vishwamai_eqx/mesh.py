@@ -1,67 +1,184 @@
 """Devices by axis, where each parameter lies, and the gather of what a layer needs.
 
-`data` divides the batch, and with it parameters, gradients and optimiser state (2004.13336, 1910.02054): every device
-holds a slice of each large array and sees all of it only while a layer computes. One device is the mesh of one.
+    replica   divides the batch: whole copies of everything else, for slices with slow wires between them
+    data      divides the batch, and with it parameters, gradients and optimiser state (2004.13336, 1910.02054): a
+              device holds a slice of each large array and sees all of it only while a layer computes
+    expert    the same as data for all but the experts, which are placed on it and have tokens sent to them (2006.16668)
+    model     divides heads, ffn and vocabulary; the residual stream is the same on all of its devices (1909.08053)
+
+One device is the mesh of ones. What varies over `model` is partial or a part, and `total` makes it whole. The functions
+of an axis take it to be of size one where they are called outside `shard_map`.
 """
 
+import functools
+import math
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from vishwamai_eqx.config import AXES
-from vishwamai_eqx.parameters import declarations
+from kernels.compat import accumulator, varying_axes
+from vishwamai_eqx.config import AXES, BATCH_AXES
+from vishwamai_eqx.parameters import Declaration, declarations
 
 P = PartitionSpec
 Tree = TypeVar("Tree")
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """The mesh of those sizes over the first devices there are."""
-    devices = np.array(jax.devices()[: int(np.prod(list(sizes.values())))])
-    return Mesh(devices.reshape(tuple(sizes.values())), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    """The mesh of those sizes over the first devices there are; an axis that is not named has size one."""
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    devices = np.array(jax.devices()[: math.prod(shape)])
+    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def size(axis: str) -> int:
+    """The devices along the axis."""
+    return jax.lax.axis_size(axis) if bound(axis) else 1
+
+
+def index(*axes: str) -> jax.Array | int:
+    """Which of the devices along the axes this one is, the last axis the fastest."""
+    return jax.lax.axis_index(bound(*axes)) if bound(*axes) else 0
+
+
+def total(x: Tree, *axes: str) -> Tree:
+    """The sum over the devices along the axes."""
+    return jax.lax.psum(x, bound(*axes)) if bound(*axes) else x
+
+
+def largest(x: Tree, *axes: str) -> Tree:
+    """The largest over the devices along the axes."""
+    return jax.lax.pmax(x, bound(*axes)) if bound(*axes) else x
+
+
+def vary(x: jax.Array, *axes: str) -> jax.Array:
+    """A copy for each device along the axes, whose gradients the transpose sums; what varies already stays."""
+    missing = tuple(axis for axis in bound(*axes) if axis not in varying_axes(x))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def bound(*axes: str) -> tuple[str, ...]:
+    """Those of the axes that `shard_map` has opened here."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in axes if axis in manual)
 
 
 def place(model: Tree, sizes: dict[str, int]) -> Tree:
-    """A tree like `model` of the PartitionSpec of each parameter.
+    """A tree like `model` of the PartitionSpec of each parameter, by the names and shapes that it is declared with.
 
-    The first dimension that 128 times the axis divides is sharded, so that every shard holds whole tiles and whole
-    blocks of FP8 scales; failing that the first that the axis divides; failing that the array is on every device.
+    `model` divides the dimension that is declared for it, `expert` that of the experts. Of the dimensions the first one
+    that 128 times `data` divides is sharded over it, so that every shard holds whole tiles and whole blocks of FP8
+    scales; failing that the first that the axis divides; failing that the array is on every device. Outside the experts
+    `expert` is used as a part of `data`.
+
+    **Raises** ValueError where an axis divides neither what it has to nor is divided by it.
     """
-    data = sizes["data"]
 
-    def spec(leaf: Any, axes: tuple[str, ...]) -> PartitionSpec:
-        candidates = [i for i, axis in enumerate(axes) if axis != "layers"]
-        for unit in (128 * data, data):
+    def spec(leaf: Any, declared: Declaration) -> PartitionSpec:
+        over: list[tuple[str, ...]] = [()] * len(leaf.shape)
+        left, shards = list(leaf.shape), [axis for axis in ("data", "expert") if axis in sizes]
+        placed = experts_axis(declared)
+
+        def lay(dimension: int, *axes: str) -> None:
+            over[dimension] += axes
+            left[dimension] //= math.prod(sizes[axis] for axis in axes)
+
+        if placed is not None and "expert" in sizes:
+            require("expert", sizes["expert"], leaf.shape[placed], "the experts")
+            lay(placed, "expert")
+            shards.remove("expert")
+        if declared.split is not None and "model" in sizes:
+            dimension, parts = declared.split
+            if parts % sizes["model"] == 0:
+                lay(dimension, "model")
+            elif sizes["model"] % parts:
+                require("model", sizes["model"], parts, f"the parts of {declared.axes[dimension]}")
+        matrix = [i for i, axis in enumerate(declared.axes) if axis != "layers"]
+        candidates = [i for i in matrix if declared.axes[i] != "experts"]
+        pieces = math.prod(sizes[axis] for axis in shards)
+        for unit in (128 * pieces, pieces):
             for i in candidates:
                 # Vectors are too small to be worth a collective each.
-                if len(candidates) > 1 and leaf.shape[i] % unit == 0:
-                    return P(*(None,) * i, "data")
-        return P()
+                if len(matrix) > 1 and left[i] % unit == 0:
+                    lay(i, *shards)
+                    return partition(over)
+        return partition(over)
 
-    return jax.tree.map(lambda leaf, declared: spec(leaf, declared.axes), model, declarations(model))
+    return jax.tree.map(spec, model, declarations(model))
+
+
+def require(axis: str, size: int, parts: int, what: str) -> None:
+    if parts % size:
+        raise ValueError(f"mesh {axis}={size} must divide {what}, which are {parts}; take another size.")
+
+
+def partition(over: list[tuple[str, ...]]) -> PartitionSpec:
+    """The spec with these axes by dimension, in its shortest form."""
+    entries = [axes[0] if len(axes) == 1 else axes or None for axes in over]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)
+
+
+def divided(spec: PartitionSpec) -> tuple[str, ...]:
+    """The axes that divide what lies so, in the order of the mesh."""
+    names = {name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())}
+    return tuple(axis for axis in AXES if axis in names)
+
+
+def experts_axis(declared: Declaration) -> int | None:
+    """The dimension of an expert's own parameters that counts the experts; a router's is no such."""
+    axes = [axis for axis in declared.axes if axis != "layers"]
+    return declared.axes.index("experts") if axes[0] == "experts" else None
 
 
 def gather(shards: Tree, placement: Any, dtype: Any) -> Tree:
-    """All of each array, cast to `dtype` before it crosses the wire; arrays declared without cast stay as they are.
+    """What a device computes with: all that `data` divides of each array, and its own part of what others divide.
 
-    Inside `shard_map`. What every device holds already becomes a copy of its own (`pcast`), whose gradient is summed
-    over the devices by the transpose, as the gradient of a gather is scattered by its own. With no placement, outside
-    `shard_map`, only the cast happens.
+    Inside `shard_map`. Arrays are cast to `dtype` before they cross the wire, those declared without cast stay as they
+    are. Their gradients cross it in that type too, once, and are summed in f32 where they arrive. What every device
+    holds already becomes a copy of its own, whose gradient is summed over the devices by the transpose. With no
+    placement, outside `shard_map`, only the cast happens.
     """
 
-    def whole(shard: Any, declared: Any, spec: PartitionSpec | None) -> Any:
-        if declared.cast:
-            shard = shard.astype(dtype)
+    def whole(shard: Any, declared: Declaration, spec: PartitionSpec | None) -> Any:
+        to = dtype if declared.cast else shard.dtype
         if spec is None:
-            return shard
-        for axis, name in enumerate(spec):
-            if name is not None:
-                return jax.lax.all_gather(shard, name, axis=axis, tiled=True)
-        return jax.lax.pcast(shard, AXES, to="varying")
+            return shard.astype(to)
+        placed = experts_axis(declared)
+        for dimension, entry in enumerate(spec):
+            names = (entry,) if isinstance(entry, str) else entry or ()
+            names = tuple(name for name in names if name == "data" or (name == "expert" and dimension != placed))
+            if names:
+                # Before the gather, so that what is summed over the other axes is the gradient of a shard.
+                return gathered(vary(shard, *BATCH_AXES), dimension, names, to)
+        return vary(shard, *BATCH_AXES).astype(to)
 
     declared = declarations(shards)
     if placement is None:
         return jax.tree.map(lambda shard, declared: whole(shard, declared, None), shards, declared)
     return jax.tree.map(whole, shards, declared, placement)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def gathered(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any) -> jax.Array:
+    """The shards of all devices along the axes, side by side along the dimension."""
+    return jax.lax.all_gather(shard.astype(dtype), axes, axis=dimension, tiled=True)
+
+
+def gathered_fwd(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any) -> tuple[jax.Array, Any]:
+    return gathered(shard, dimension, axes, dtype), jax.numpy.zeros((), shard.dtype)
+
+
+def gathered_bwd(dimension: int, axes: tuple[str, ...], dtype: Any, like: Any, g: jax.Array) -> tuple[jax.Array]:
+    # Each device sends every other one its piece, which adds them up: the bytes of a reduce-scatter, of which XLA
+    # makes an all-reduce of twice as many on v2 and v3, and sums in f32 whatever the type on the wire.
+    pieces = jax.lax.axis_size(axes)
+    g = g.reshape(*g.shape[:dimension], pieces, g.shape[dimension] // pieces, *g.shape[dimension + 1 :])
+    g = jax.lax.all_to_all(g, axes, dimension, dimension, tiled=True)
+    return (g.astype(accumulator(g.dtype)).sum(axis=dimension).astype(like.dtype),)
+
+
+gathered.defvjp(gathered_fwd, gathered_bwd)

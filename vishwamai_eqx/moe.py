@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
+from vishwamai_eqx.exchange import route
 from vishwamai_eqx.layers import Activation, gated, wide
+from vishwamai_eqx.mesh import total, vary
 from vishwamai_eqx.parameters import normal, parameter
 
 
@@ -62,9 +64,10 @@ class Router(eqx.Module):
 def top_k(
     logits: Float[Array, "batch seq experts"], k: int
 ) -> tuple[Float[Array, "batch seq choices"], Int[Array, "batch seq choices"]]:
-    """The k largest and where they are; among equals the first wins, as in `lax.top_k`."""
+    """The k largest and where they are, k different ones whatever they are; among equals the first, as `lax.top_k`."""
     values, indices = [], []
-    rest = logits
+    # What was taken is below all that is left: a token never takes an expert twice, for which there may be no room.
+    rest = jnp.maximum(logits, jnp.finfo(logits.dtype).min)
     # k passes over a handful of experts; lax.top_k sorts every token's on CPU, ten times slower.
     for _ in range(k):
         index = jnp.argmax(rest, axis=-1)
@@ -80,9 +83,9 @@ class MoE(eqx.Module):
 
     router: Router
     activation: Activation = eqx.field(static=True)
-    gate: Float[Array, "experts d_model d_ff"] = parameter(decay=True)
-    up: Float[Array, "experts d_model d_ff"] = parameter(decay=True)
-    down: Float[Array, "experts d_model d_ff"] = parameter(decay=True)
+    gate: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
+    up: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
+    down: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
 
     def __init__(
         self,
@@ -110,13 +113,20 @@ class MoE(eqx.Module):
             index, weights, metrics = self.router(x, real)
         with jax.named_scope("dispatch"):
             flat = (batch * seq, -1)
-            rows, plan = kernels.moe_dispatch(x.reshape(flat), index.reshape(flat), self.gate.shape[0])
+            # One copy for each device along `model` here, before there are several rows of each token to sum.
+            tokens = vary(x, "model").reshape(flat)
+            rows, plan = kernels.moe_dispatch(tokens, index.reshape(flat), self.router.weight.shape[1])
+        with jax.named_scope("exchange"):
+            way = route(plan)
+            rows = way.deliver(rows)
         with jax.named_scope("experts"):
             grouped = functools.partial(
-                kernels.grouped_matmul, group_sizes=plan.group_sizes, row_alignment=plan.row_alignment
+                kernels.grouped_matmul, group_sizes=way.group_sizes, row_alignment=way.row_alignment
             )
             inner = gated(self.activation, grouped(rows, self.gate), grouped(rows, self.up))
             rows = grouped(inner, self.down, transposed=True)
+        with jax.named_scope("exchange"):
+            rows = way.collect(rows)
         with jax.named_scope("combine"):
-            y = kernels.moe_combine(rows, plan, weights.reshape(flat))
+            y = total(kernels.moe_combine(rows, plan, weights.reshape(flat)), "model")
         return y.reshape(batch, seq, d_model), metrics

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kernels.compat import vary_alike
 from vishwamai_eqx.config import AXES
+from vishwamai_eqx.mesh import total, vary
 
 
 class Broken(eqx.Module):
@@ -24,7 +26,7 @@ class Broken(eqx.Module):
 
 def devices(flags: Bool[Array, "*shape"]) -> Int[Array, "*shape"]:
     """On how many devices each flag is up; within `shard_map`."""
-    return jax.lax.psum(flags.astype(jnp.int32), AXES)
+    return total(vary(flags.astype(jnp.int32), *AXES), *AXES)
 
 
 def tap(x: Float[Array, "*shape"], probe: Float[Array, ""]) -> Float[Array, "*shape"]:
@@ -32,7 +34,7 @@ def tap(x: Float[Array, "*shape"], probe: Float[Array, ""]) -> Float[Array, "*sh
 
     So what the forward pass sees at a layer leaves with the gradients, summed over microbatches and devices like them.
     """
-    return _tap(x, jax.lax.pcast(probe, AXES, to="varying"))
+    return _tap(*vary_alike((x, probe)))
 
 
 @jax.custom_vjp

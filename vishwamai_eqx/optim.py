@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from vishwamai_eqx.config import OptimConfig
+from vishwamai_eqx.mesh import divided
 from vishwamai_eqx.parameters import declarations
 
 
@@ -52,14 +53,11 @@ def place_state(transform: optax.GradientTransformation, model: Any, placement: 
 
 def global_norm(gradients: Any, placement: Any) -> Float[Array, ""]:
     """The norm of the whole gradient, given its shards: what is on every device is counted once."""
-    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), gradients)
-    sharded, whole = jnp.zeros(()), jnp.zeros(())
-    for square, spec in zip(jax.tree.leaves(squares), jax.tree.leaves(placement), strict=True):
-        if any(spec):
-            sharded += square
-        else:
-            whole += square
-    return jnp.sqrt(jax.lax.psum(sharded, "data") + whole)
+    squares: dict[tuple[str, ...], Array] = {}
+    for gradient, spec in zip(jax.tree.leaves(gradients), jax.tree.leaves(placement), strict=True):
+        axes = divided(spec)
+        squares[axes] = squares.get(axes, jnp.zeros(())) + jnp.sum(jnp.square(gradient))
+    return jnp.sqrt(sum(jax.lax.psum(square, axes) if axes else square for axes, square in squares.items()))
 
 
 def clip(gradients: Any, norm: Float[Array, ""], limit: float) -> Any:

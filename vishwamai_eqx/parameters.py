@@ -9,6 +9,7 @@ The names of the axes are those of the field's annotation. Stacked layers have o
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -26,11 +27,17 @@ class Declaration:
     decay: bool
     cast: bool
     """Whether it is cast to the compute type before use; what is not stays f32."""
+    split: tuple[int, int] | None
+    """The dimension that the mesh's `model` axis divides, and the parts that it may be divided into."""
 
 
-def parameter(*, decay: bool, cast: bool = True) -> Any:
-    """A field that holds a parameter: matrices decay and are cast, gains, biases and routers say otherwise."""
-    return eqx.field(metadata={"decay": decay, "cast": cast})
+def parameter(*, decay: bool, cast: bool = True, split: str | Callable[[Any], tuple[int, int] | None] = "") -> Any:
+    """A field that holds a parameter: matrices decay and are cast, gains, biases and routers say otherwise.
+
+    `split` is the axis that the mesh's `model` divides, or a function of the module that gives the axis' index and the
+    number of parts, such as heads, that have to stay whole.
+    """
+    return eqx.field(metadata={"decay": decay, "cast": cast, "split": split})
 
 
 def declarations(tree: Any) -> Any:
@@ -46,7 +53,13 @@ def declarations(tree: Any) -> Any:
         hint = next((option for option in get_args(hint) if hasattr(option, "dim_str")), hint)
         axes = tuple(hint.dim_str.split())
         stacked = ("layers",) * (len(leaf.shape) - len(axes))
-        return Declaration(stacked + axes, **metadata)
+        axes, split = stacked + axes, metadata["split"]
+        if callable(split):
+            own = split(owner)
+            split = own and (own[0] + len(stacked), own[1])
+        elif split:
+            split = axes.index(split), leaf.shape[axes.index(split)]
+        return Declaration(axes, metadata["decay"], metadata["cast"], split or None)
 
     return jax.tree_util.tree_map_with_path(declared, tree)
 
