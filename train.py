@@ -250,7 +250,8 @@ def train(config: Config, console: Console, started: float) -> int:
     kind, processes = jax.devices()[0].device_kind, jax.process_count()
     total, active = flops.parameters(config.model)
     console.print(
-        f"{config.run_dir}: {total:,} parameters, {active:,} active, in {dtype} on {mesh.size} {kind}\n"
+        f"{config.run_dir}: {total:,} parameters, {active:,} active, in {dtype} on {mesh.size} {kind}, "
+        f"mesh {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'of one'}\n"
         f"{steps} steps of {config.optim.batch_size} rows of {config.model.max_seq_len} tokens; "
         f"an epoch is {dataset.batches_per_epoch:,.0f} steps",
         highlight=False,

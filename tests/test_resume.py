@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 
 import train
 from tests.histories import SETTINGS, numbers, stored, text
-from tests.small import random_batch, small
+from tests.small import MIXED, random_batch, small
 from vishwamai_eqx import data, optim, state
 from vishwamai_eqx.checkpoint import Checkpoints, steps
 from vishwamai_eqx.mesh import make_mesh
@@ -94,11 +94,10 @@ def test_another_mesh_goes_on_with_the_same_batches(tmp_path):
     """In f64, where what is left of the devices' order of summation is far below 1e-9."""
     config = small()
 
-    def run(devices: int, first: int, last: int, checkpoints: Checkpoints) -> list[train.Metrics]:
-        sizes = {"data": devices}
+    def run(sizes: dict[str, int], first: int, last: int, checkpoints: Checkpoints) -> list[train.Metrics]:
         mesh, transform = make_mesh(sizes), optim.optimizer(config.optim)
         abstract = state.abstract_state(config.model, "float64", transform)
-        specs = state.placement(abstract, sizes, transform)
+        specs = state.placement(abstract, dict(mesh.shape), transform)
         shardings = state.shardings(mesh, specs)
         wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
         new = jax.tree.map(wide, state.initialise(config.model, "float64", transform, 0, shardings))
@@ -113,12 +112,12 @@ def test_another_mesh_goes_on_with_the_same_batches(tmp_path):
         return metrics
 
     with jax.enable_x64(True), Checkpoints(tmp_path / "a") as whole, Checkpoints(tmp_path / "b") as resumed:
-        expected = run(8, 0, 12, whole)
-        found = run(8, 0, 6, resumed) + run(2, 6, 12, resumed)
+        expected = run({"data": 8}, 0, 12, whole)
+        found = run(MIXED, 0, 6, resumed) + run({"data": 4, "expert": 2}, 6, 12, resumed)
     hashes = [str(data.BatchHash(one.batch)) for one in found]
     assert hashes == [data.batch_hash(random_batch(16, 16, n)) for n in range(12)]
     losses, others = ([one.loss for one in metrics] for metrics in (found, expected))
     assert losses[0].dtype == np.float64
     assert np.max(np.abs(np.subtract(losses, others))) < 1e-9
-    # And this is a resume on another mesh: not one step of it was computed as on the first.
-    assert losses[6:] != others[6:]
+    # And these are other meshes: hardly a step was computed as on the first.
+    assert losses[:6] != others[:6] and losses[6:] != others[6:]
