@@ -47,7 +47,7 @@ from vishwamai_eqx.feed import Feed, place
 from vishwamai_eqx.guard import Signals
 from vishwamai_eqx.logbook import Logbook
 from vishwamai_eqx.loss import cross_entropy
-from vishwamai_eqx.mesh import gather, make_mesh
+from vishwamai_eqx.mesh import gather, index, make_mesh, on_mesh, size, sum_over
 from vishwamai_eqx.model import VishwamAI
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.skip import Skips
@@ -106,13 +106,13 @@ def make_step(
         nll = token_loss(model, specs.model, hidden, batch) / tokens
         if router is None:
             return nll, (nll, jnp.zeros(()), jnp.zeros(()), None)
-        router = jax.lax.psum(router, BATCH_AXES)
+        router = sum_over(router, *BATCH_AXES)
         balance, z = (rows.mean() / config.optim.batch_size for rows in (router.balance, router.z))
         total = nll + config.optim.balance_loss_weight * balance + config.optim.router_z_loss_weight * z
         return total, (nll, balance, z, router.load)
 
     def step(current: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = jax.lax.psum((batch.segment_ids > 0).sum(dtype=jnp.float32), BATCH_AXES)
+        tokens = sum_over((batch.segment_ids > 0).sum(dtype=jnp.float32), *BATCH_AXES)
         key = jax.random.fold_in(jax.random.key(config.seed), current.step) if config.model.dropout_rate else None
         microbatches, rows = batch.tokens.shape[:2]
 
@@ -120,8 +120,8 @@ def make_step(
         # device the gradient of its own shards, complete: scattered for what was gathered, summed for what was copied.
         # The gradients of the probes say in which layer the forward pass was not finite.
         def accumulate(gradients: tuple[VishwamAI, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
-            part, index = xs
-            first_row = (index * jax.lax.axis_size(BATCH_AXES) + jax.lax.axis_index(BATCH_AXES)) * rows
+            part, number = xs
+            first_row = (number * size(*BATCH_AXES) + index(*BATCH_AXES)) * rows
             more, metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(*variables, part, tokens, key, first_row)
             return jax.tree.map(jnp.add, gradients, more), metrics
 
@@ -145,15 +145,16 @@ def make_step(
             learning_rate=jnp.asarray(schedule(current.opt_state[-1].count)),
             tokens=tokens.astype(jnp.int32),
             load=None if load is None else load / load.sum(axis=-1, keepdims=True),
-            batch=jax.lax.psum(
-                data.hash_lanes(jax.tree.map(lambda rows: rows.reshape(-1, rows.shape[-1]), batch)), BATCH_AXES
+            batch=sum_over(
+                data.hash_lanes(jax.tree.map(lambda rows: rows.reshape(-1, rows.shape[-1]), batch)), *BATCH_AXES
             ),
             watch=watch,
             broken=broken,
         )
         return TrainState(model, opt_state, watch, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
 
-    sharded = jax.shard_map(step, mesh=mesh, in_specs=(specs, MICROBATCHES), out_specs=(specs, P()), check_vma=True)
+    in_specs = (specs, on_mesh(MICROBATCHES, mesh))
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=True)
     return jax.jit(sharded, donate_argnums=0)
 
 
@@ -162,9 +163,10 @@ def make_evaluate(mesh: Mesh, specs: VishwamAI) -> Callable[[VishwamAI, Batch], 
 
     def evaluate(model: VishwamAI, batch: Batch) -> tuple[Array, Array]:
         hidden, _, _ = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, placement=specs)
-        return token_loss(model, specs, hidden, batch), jax.lax.psum((batch.segment_ids > 0).sum(), BATCH_AXES)
+        return token_loss(model, specs, hidden, batch), sum_over((batch.segment_ids > 0).sum(), *BATCH_AXES)
 
-    return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=(specs, ROWS), out_specs=(P(), P()), check_vma=True))
+    in_specs = (specs, on_mesh(ROWS, mesh))
+    return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=True))
 
 
 def token_loss(model: VishwamAI, specs: VishwamAI, hidden: Array, batch: Batch) -> Array:
@@ -172,7 +174,7 @@ def token_loss(model: VishwamAI, specs: VishwamAI, hidden: Array, batch: Batch) 
     head = gather(model.head_weight, specs.head_weight, hidden.dtype)
     real = (batch.segment_ids > 0).astype(jnp.float32)
     with jax.named_scope("cross_entropy"):
-        return jax.lax.psum(cross_entropy(hidden, head.weight, batch.targets, real), BATCH_AXES)
+        return sum_over(cross_entropy(hidden, head.weight, batch.targets, real), *BATCH_AXES)
 
 
 def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
@@ -251,7 +253,7 @@ def train(config: Config, console: Console, started: float) -> int:
     total, active = flops.parameters(config.model)
     console.print(
         f"{config.run_dir}: {total:,} parameters, {active:,} active, in {dtype} on {mesh.size} {kind}, "
-        f"mesh {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items() if size > 1) or 'of one'}\n"
+        f"mesh {', '.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1) or 'of one'}\n"
         f"{steps} steps of {config.optim.batch_size} rows of {config.model.max_seq_len} tokens; "
         f"an epoch is {dataset.batches_per_epoch:,.0f} steps",
         highlight=False,

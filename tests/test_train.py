@@ -132,7 +132,7 @@ def gradient_of_a_copy_summed_by_hand(gradients, norm, limit, *, right=optim.cli
     return right(eqx.tree_at(lambda model: model.norm, gradients, copied), norm, limit)
 
 
-def extra_psum_over_model(x, *axes, right=mesh.total):
+def extra_psum_over_model(x, *axes, right=mesh.sum_over):
     once = right(x, *axes)
     return right(jax.tree.map(lambda leaf: mesh.vary(leaf, *axes), once), *axes) if axes == ("model",) else once
 
@@ -152,7 +152,7 @@ def a_row_that_is_lost(rows, sizes, source, target, length, *, right=exchange.mo
         ({"data": 8}, optim, "global_norm", norm_without_psum),
         ({"data": 8}, optim, "global_norm", norm_that_counts_copies_again),
         ({"data": 8}, optim, "clip", gradient_of_a_copy_summed_by_hand),
-        (MIXED, mesh, "total", extra_psum_over_model),
+        (MIXED, mesh, "sum_over", extra_psum_over_model),
         (MIXED, mesh, "gathered", gather_of_the_wrong_axis),
         (MIXED, exchange, "move", a_row_that_is_lost),
     ],
@@ -167,7 +167,7 @@ def test_a_planted_fault_is_seen(monkeypatch, sizes, owner, name, fault):
 
 def test_a_missing_pmax_is_refused(monkeypatch):
     """Each device would shift its logits by its own largest, and the types say so."""
-    monkeypatch.setattr(mesh, "largest", lambda x, *axes: x)
+    monkeypatch.setattr(mesh, "max_over", lambda x, *axes: x)
     with pytest.raises(Exception, match=r"(?s)varying|V:\(.*model"):
         run(small(optim=WEIGHTS), MIXED, 1, "float32")
 

@@ -8,7 +8,6 @@
 expert's straight to its place; elsewhere in packets of equal size, for which the worst load is room enough.
 """
 
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp

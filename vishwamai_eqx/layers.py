@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
-from vishwamai_eqx.mesh import index, total, vary
+from vishwamai_eqx.mesh import index, sum_over, vary
 from vishwamai_eqx.parameters import normal, parameter
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -81,7 +81,7 @@ class TPUGEMMLinear(eqx.Module):
     def __call__(self, x: Float[Array, "*batch {self.here[0]}"]) -> Float[Array, "*batch {self.here[1]}"]:
         y = kernels.gemm(x, self.weight, transposed=self.transposed)
         if self.split is not None and self.split[0] == "in_features":
-            return total(y, "model")
+            return sum_over(y, "model")
         return y if self.bias is None else y + self.bias.astype(y.dtype)
 
 
@@ -116,7 +116,7 @@ class Embedding(eqx.Module):
         self.weight = normal(key, (vocab_size, hidden_size), std)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
-        return total(take_rows(self.weight, tokens - self.first_row), "model")
+        return sum_over(take_rows(self.weight, tokens - self.first_row), "model")
 
     @property
     def first_row(self) -> Int[Array, ""] | int:

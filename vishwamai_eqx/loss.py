@@ -80,12 +80,12 @@ def chunk_loss(
     Exponentials and rows are this device's, loss and sums are of all of the vocabulary.
     """
     logits = dot(hidden, weight, (2,), (1,))
-    largest = mesh.largest(logits.max(axis=-1), "model")
+    largest = mesh.max_over(logits.max(axis=-1), "model")
     exponentials = jnp.exp(logits - largest[..., None])
     # The target's logit anew from its row: a gather of rows is cheaper than one out of the logits.
     rows = take_rows(weight, targets).astype(logits.dtype)
     target = jnp.sum(hidden.astype(logits.dtype) * rows, axis=-1)
-    total, target = mesh.total((exponentials.sum(axis=-1), target), "model")
+    total, target = mesh.sum_over((exponentials.sum(axis=-1), target), "model")
     loss = jnp.sum((jnp.log(total) + largest - target) * mask)
     return loss, exponentials.astype(hidden.dtype), 1 / total, rows
 

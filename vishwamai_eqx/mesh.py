@@ -6,8 +6,9 @@
     expert    the same as data for all but the experts, which are placed on it and have tokens sent to them (2006.16668)
     model     divides heads, ffn and vocabulary; the residual stream is the same on all of its devices (1909.08053)
 
-One device is the mesh of ones. What varies over `model` is partial or a part, and `total` makes it whole. The functions
-of an axis take it to be of size one where they are called outside `shard_map`.
+One device is the mesh of ones, and an axis of size one divides nothing: it is in no spec, nothing varies over it, and
+no collective goes over it, which XLA on CPU would carry out as a copy. What varies over `model` is partial or a part,
+and `sum_over` makes it whole. Outside `shard_map` the functions here take all axes to be of size one.
 """
 
 import functools
@@ -33,9 +34,9 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
     return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def size(axis: str) -> int:
-    """The devices along the axis."""
-    return jax.lax.axis_size(axis) if bound(axis) else 1
+def size(*axes: str) -> int:
+    """The devices along the axes."""
+    return math.prod(jax.lax.axis_size(axis) for axis in bound(*axes))
 
 
 def index(*axes: str) -> jax.Array | int:
@@ -43,12 +44,12 @@ def index(*axes: str) -> jax.Array | int:
     return jax.lax.axis_index(bound(*axes)) if bound(*axes) else 0
 
 
-def total(x: Tree, *axes: str) -> Tree:
+def sum_over(x: Tree, *axes: str) -> Tree:
     """The sum over the devices along the axes."""
     return jax.lax.psum(x, bound(*axes)) if bound(*axes) else x
 
 
-def largest(x: Tree, *axes: str) -> Tree:
+def max_over(x: Tree, *axes: str) -> Tree:
     """The largest over the devices along the axes."""
     return jax.lax.pmax(x, bound(*axes)) if bound(*axes) else x
 
@@ -60,9 +61,14 @@ def vary(x: jax.Array, *axes: str) -> jax.Array:
 
 
 def bound(*axes: str) -> tuple[str, ...]:
-    """Those of the axes that `shard_map` has opened here."""
+    """Those of the axes that divide something here, inside `shard_map`."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
-    return tuple(axis for axis in axes if axis in manual)
+    return tuple(axis for axis in axes if axis in manual and jax.lax.axis_size(axis) > 1)
+
+
+def on_mesh(spec: PartitionSpec, mesh: Mesh) -> PartitionSpec:
+    """The spec without the axes of size one."""
+    return partition([tuple(axis for axis in axes_of(entry) if mesh.shape[axis] > 1) for entry in spec])
 
 
 def place(model: Tree, sizes: dict[str, int]) -> Tree:
@@ -76,29 +82,31 @@ def place(model: Tree, sizes: dict[str, int]) -> Tree:
     **Raises** ValueError where an axis divides neither what it has to nor is divided by it.
     """
 
+    dividing = {axis: size for axis, size in sizes.items() if size > 1}
+
     def spec(leaf: Any, declared: Declaration) -> PartitionSpec:
         over: list[tuple[str, ...]] = [()] * len(leaf.shape)
-        left, shards = list(leaf.shape), [axis for axis in ("data", "expert") if axis in sizes]
+        left, shards = list(leaf.shape), [axis for axis in ("data", "expert") if axis in dividing]
         placed = experts_axis(declared)
 
         def lay(dimension: int, *axes: str) -> None:
             over[dimension] += axes
-            left[dimension] //= math.prod(sizes[axis] for axis in axes)
+            left[dimension] //= math.prod(dividing[axis] for axis in axes)
 
-        if placed is not None and "expert" in sizes:
-            require("expert", sizes["expert"], leaf.shape[placed], "the experts")
+        if placed is not None and "expert" in dividing:
+            require("expert", dividing["expert"], leaf.shape[placed], "the experts")
             lay(placed, "expert")
             shards.remove("expert")
-        if declared.split is not None and "model" in sizes:
+        if declared.split is not None and "model" in dividing:
             dimension, parts = declared.split
-            if parts % sizes["model"] == 0:
+            if parts % dividing["model"] == 0:
                 lay(dimension, "model")
-            elif sizes["model"] % parts:
-                require("model", sizes["model"], parts, f"the parts of {declared.axes[dimension]}")
+            elif dividing["model"] % parts:
+                require("model", dividing["model"], parts, f"the parts of {declared.axes[dimension]}")
         matrix = [i for i, axis in enumerate(declared.axes) if axis != "layers"]
         candidates = [i for i in matrix if declared.axes[i] != "experts"]
-        pieces = math.prod(sizes[axis] for axis in shards)
-        for unit in (128 * pieces, pieces):
+        pieces = math.prod(dividing[axis] for axis in shards)
+        for unit in (128 * pieces, pieces) if shards else ():
             for i in candidates:
                 # Vectors are too small to be worth a collective each.
                 if len(matrix) > 1 and left[i] % unit == 0:
@@ -124,8 +132,13 @@ def partition(over: list[tuple[str, ...]]) -> PartitionSpec:
 
 def divided(spec: PartitionSpec) -> tuple[str, ...]:
     """The axes that divide what lies so, in the order of the mesh."""
-    names = {name for entry in spec for name in ((entry,) if isinstance(entry, str) else entry or ())}
+    names = {name for entry in spec for name in axes_of(entry)}
     return tuple(axis for axis in AXES if axis in names)
+
+
+def axes_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The axes in an entry of a spec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def experts_axis(declared: Declaration) -> int | None:
@@ -148,13 +161,16 @@ def gather(shards: Tree, placement: Any, dtype: Any) -> Tree:
         if spec is None:
             return shard.astype(to)
         placed = experts_axis(declared)
+        # Before the gather, so that what is summed over the other axes is the gradient of a shard. Heads that are fewer
+        # than the devices along `model` are copied to all of them, each of which uses its own.
+        shard = vary(shard, *BATCH_AXES, *(("model",) if declared.split else ()))
         for dimension, entry in enumerate(spec):
-            names = (entry,) if isinstance(entry, str) else entry or ()
-            names = tuple(name for name in names if name == "data" or (name == "expert" and dimension != placed))
+            names = tuple(
+                name for name in axes_of(entry) if name == "data" or (name == "expert" and dimension != placed)
+            )
             if names:
-                # Before the gather, so that what is summed over the other axes is the gradient of a shard.
-                return gathered(vary(shard, *BATCH_AXES), dimension, names, to)
-        return vary(shard, *BATCH_AXES).astype(to)
+                return gathered(shard, dimension, names, to)
+        return shard.astype(to)
 
     declared = declarations(shards)
     if placement is None:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 import kernels
 from vishwamai_eqx.exchange import route
 from vishwamai_eqx.layers import Activation, gated, wide
-from vishwamai_eqx.mesh import total, vary
+from vishwamai_eqx.mesh import sum_over, vary
 from vishwamai_eqx.parameters import normal, parameter
 
 
@@ -128,5 +128,5 @@ class MoE(eqx.Module):
         with jax.named_scope("exchange"):
             rows = way.collect(rows)
         with jax.named_scope("combine"):
-            y = total(kernels.moe_combine(rows, plan, weights.reshape(flat)), "model")
+            y = sum_over(kernels.moe_combine(rows, plan, weights.reshape(flat)), "model")
         return y.reshape(batch, seq, d_model), metrics

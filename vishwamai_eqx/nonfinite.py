@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kernels.compat import vary_alike
 from vishwamai_eqx.config import AXES
-from vishwamai_eqx.mesh import total, vary
+from vishwamai_eqx.mesh import sum_over, vary
 
 
 class Broken(eqx.Module):
@@ -26,7 +26,7 @@ class Broken(eqx.Module):
 
 def devices(flags: Bool[Array, "*shape"]) -> Int[Array, "*shape"]:
     """On how many devices each flag is up; within `shard_map`."""
-    return total(vary(flags.astype(jnp.int32), *AXES), *AXES)
+    return sum_over(vary(flags.astype(jnp.int32), *AXES), *AXES)
 
 
 def tap(x: Float[Array, "*shape"], probe: Float[Array, ""]) -> Float[Array, "*shape"]:

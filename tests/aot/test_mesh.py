@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from kernels import topology
 from tests.small import MIXED
 from vishwamai_eqx.config import AXES, BATCH_AXES
-from vishwamai_eqx.mesh import gather, place, total
+from vishwamai_eqx.mesh import gather, on_mesh, place, sum_over
 from vishwamai_eqx.moe import MoE
 
 pytestmark = pytest.mark.skipif(
@@ -40,12 +40,12 @@ def collectives(program: str) -> dict[tuple[str, str], list[int]]:
 def test_bytes_of_a_mixture_layer_with_remat(generation):
     on = topology.mesh(generation, tuple(MIXED.get(axis, 1) for axis in AXES), AXES)
     layer = jax.eval_shape(lambda: MoE(WIDTH, FFN, EXPERTS, 2, key=jax.random.key(0)))
-    specs, rows = place(layer, dict(on.shape)), P(BATCH_AXES)
+    specs, rows = place(layer, dict(on.shape)), on_mesh(P(BATCH_AXES), on)
     shapes = jax.ShapeDtypeStruct((ROWS, SEQ, WIDTH), jnp.bfloat16), jax.ShapeDtypeStruct((ROWS, SEQ), jnp.float32)
 
     def loss(layer, x, real):
         y, _ = jax.checkpoint(lambda layer, x: gather(layer, specs, jnp.bfloat16)(x, real))(layer, x)
-        return total(jnp.sum(jnp.square(y.astype(jnp.float32))), *BATCH_AXES)
+        return sum_over(jnp.sum(jnp.square(y.astype(jnp.float32))), *BATCH_AXES)
 
     step = jax.shard_map(
         jax.grad(loss, (0, 1)), mesh=on, in_specs=(specs, rows, rows), out_specs=(specs, rows), check_vma=True

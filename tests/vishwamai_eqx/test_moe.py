@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from tests.small import MIXED, worst
 from vishwamai_eqx import exchange, mesh, moe
 from vishwamai_eqx.config import BATCH_AXES
-from vishwamai_eqx.mesh import gather, make_mesh, place, total
+from vishwamai_eqx.mesh import gather, make_mesh, on_mesh, place, sum_over
 from vishwamai_eqx.moe import MoE
 
 WIDTH, FFN, EXPERTS = 16, 12, 4
@@ -35,15 +35,15 @@ def inputs(load: str, choices: int) -> tuple[MoE, jax.Array, jax.Array, jax.Arra
 def results(sizes: dict[str, int], layer: MoE, x, real, g):
     """Output, losses, and the gradients of the layer and its input, on a mesh of those sizes, with remat."""
     devices = make_mesh(sizes)
-    specs, rows = place(layer, dict(devices.shape)), P(BATCH_AXES)
+    specs, rows = place(layer, dict(devices.shape)), on_mesh(P(BATCH_AXES), devices)
 
     def loss(layer, x, real, g):
         def block(layer, x):
             return gather(layer, specs, jnp.float64)(x, real)
 
         y, metrics = jax.checkpoint(block)(layer, x)
-        metrics = total(metrics, *BATCH_AXES)
-        terms = total(jnp.sum(y * g), *BATCH_AXES), metrics.balance, metrics.z
+        metrics = sum_over(metrics, *BATCH_AXES)
+        terms = sum_over(jnp.sum(y * g), *BATCH_AXES), metrics.balance, metrics.z
         return terms[0] + 0.3 * terms[1] + 0.1 * terms[2], (y, terms, metrics.load)
 
     run = jax.value_and_grad(loss, (0, 1), has_aux=True)
@@ -68,7 +68,7 @@ def a_row_that_is_lost(rows, sizes, source, target, length, *, right=exchange.mo
     return right(rows, jnp.maximum(sizes - 1, 0), source, target, length)
 
 
-def part_instead_of_sum(x, *axes, right=mesh.total):
+def part_instead_of_sum(x, *axes, right=mesh.sum_over):
     """What the first device has, twice: of the right type, and the wrong number."""
     first = jnp.where(mesh.index("model") == 0, 2.0, 0.0)
     return right(x * first, *axes) if axes == ("model",) else right(x, *axes)
@@ -76,7 +76,7 @@ def part_instead_of_sum(x, *axes, right=mesh.total):
 
 @pytest.mark.parametrize(
     ("owner", "name", "fault"),
-    [(exchange, "move", a_row_that_is_lost), (moe, "total", part_instead_of_sum)],
+    [(exchange, "move", a_row_that_is_lost), (moe, "sum_over", part_instead_of_sum)],
 )
 def test_a_planted_fault_is_seen(monkeypatch, owner, name, fault):
     with jax.enable_x64(True):
