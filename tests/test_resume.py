@@ -18,6 +18,8 @@ from vishwamai_eqx import data, optim, state
 from vishwamai_eqx.checkpoint import Checkpoints, steps
 from vishwamai_eqx.mesh import make_mesh
 
+MESHES = ["data=1", "data=2,expert=2,model=2"]
+
 # SIGKILL from the thread that saves, once step 20 is saved: the loop is anywhere after it, and 40 cannot be.
 KILLED = """
 import os, signal, sys
@@ -34,8 +36,8 @@ train.main(sys.argv[1:])
 """
 
 
-def arguments(run_dir: Path, corpus: str, devices: int) -> list[str]:
-    own = ["--steps=40", "--optim.batch-size=8", "--checkpoint.every=20", f"--mesh=data={devices}"]
+def arguments(run_dir: Path, corpus: str, mesh: str) -> list[str]:
+    own = ["--steps=40", "--optim.batch-size=8", "--checkpoint.every=20", f"--mesh={mesh}"]
     return ["--run-dir", str(run_dir), "--data", corpus, *own, *SETTINGS]
 
 
@@ -46,25 +48,25 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, corpus):
-    """For each number of devices a run under way that is going to be killed: they start together."""
+    """For each mesh a run under way that is going to be killed: they start together."""
     runs = {}
-    for devices in (1, 8):
+    for mesh in MESHES:
         run_dir = tmp_path_factory.mktemp("killed") / "run"
-        command = [sys.executable, "-c", KILLED, *arguments(run_dir, corpus, devices)]
+        command = [sys.executable, "-c", KILLED, *arguments(run_dir, corpus, mesh)]
         environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        runs[devices] = (run_dir, process)
+        runs[mesh] = (run_dir, process)
     return runs
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_forty_steps_are_twenty_a_kill_and_twenty(devices, tmp_path, corpus, killed, capsys):
-    assert train.main(arguments(tmp_path / "run", corpus, devices)) == 0
-    run_dir, process = killed[devices]
+@pytest.mark.parametrize("mesh", MESHES)
+def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, tmp_path, corpus, killed, capsys):
+    assert train.main(arguments(tmp_path / "run", corpus, mesh)) == 0
+    run_dir, process = killed[mesh]
     _, errors = process.communicate(timeout=500)
     assert process.returncode == -9, errors
     assert steps(run_dir / "checkpoints") == [20]
-    assert train.main(arguments(run_dir, corpus, devices)) == 0
+    assert train.main(arguments(run_dir, corpus, mesh)) == 0
 
     rows, evals = numbers(run_dir)
     assert [row[0] for row in rows] == list(range(1, 41)) and [row[0] for row in evals] == [20, 40]
@@ -77,13 +79,13 @@ def test_forty_steps_are_twenty_a_kill_and_twenty(devices, tmp_path, corpus, kil
 
 def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):
     """The settings are the same, and a file is not."""
-    run_dir, process = killed[1]
+    run_dir, process = killed["data=1"]
     process.wait(500)
     victim = Path(corpus).parent / "7.txt"
     before = victim.read_text()
     victim.write_text(before.replace("a", "b"))
     try:
-        assert train.main(arguments(run_dir, corpus, 1)) == 2
+        assert train.main(arguments(run_dir, corpus, "data=1")) == 2
     finally:
         victim.write_text(before)
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "fingerprint" in line]
