@@ -79,10 +79,10 @@ def place(model: Tree, sizes: dict[str, int]) -> Tree:
     scales; failing that the first that the axis divides; failing that the array is on every device. Outside the experts
     `expert` is used as a part of `data`.
 
-    **Raises** ValueError where an axis divides neither what it has to nor is divided by it.
+    **Raises** ValueError where `expert` does not divide the experts, or `model` is neither a divisor nor a multiple
+    of the parts.
     """
-
-    dividing = {axis: size for axis, size in sizes.items() if size > 1}
+    dividing = {axis: n for axis, n in sizes.items() if n > 1}
 
     def spec(leaf: Any, declared: Declaration) -> PartitionSpec:
         over: list[tuple[str, ...]] = [()] * len(leaf.shape)
@@ -117,9 +117,10 @@ def place(model: Tree, sizes: dict[str, int]) -> Tree:
     return jax.tree.map(spec, model, declarations(model))
 
 
-def require(axis: str, size: int, parts: int, what: str) -> None:
-    if parts % size:
-        raise ValueError(f"mesh {axis}={size} must divide {what}, which are {parts}; take another size.")
+def require(axis: str, devices: int, parts: int, what: str) -> None:
+    """**Raises** ValueError unless the devices along the axis divide the parts."""
+    if parts % devices:
+        raise ValueError(f"mesh {axis}={devices} must divide {what}, which are {parts}; take another size.")
 
 
 def partition(over: list[tuple[str, ...]]) -> PartitionSpec:

@@ -55,7 +55,7 @@ def declarations(tree: Any) -> Any:
         stacked = ("layers",) * (len(leaf.shape) - len(axes))
         axes, split = stacked + axes, metadata["split"]
         if callable(split):
-            own = split(owner)
+            own: tuple[int, int] | None = split(owner)
             split = own and (own[0] + len(stacked), own[1])
         elif split:
             split = axes.index(split), leaf.shape[axes.index(split)]
