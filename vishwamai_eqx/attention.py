@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import kernels
 from vishwamai_eqx.config import AttentionPattern
-from vishwamai_eqx.layers import TPUGEMMLinear, rotate
+from vishwamai_eqx.layers import RMSNorm, TPUGEMMLinear, rotate
 from vishwamai_eqx.mesh import index, size, vary
 
 Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
@@ -19,12 +19,16 @@ Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"
 
 
 class KVCache(eqx.Module):
-    """Keys and values of the tokens read so far; slot i of a row holds the token at position i."""
+    """Keys and values of the tokens read so far; slot i of a row holds the token at position i.
+
+    A `ring` holds the last `length` tokens: slot i then holds the newest token whose position is i modulo the length.
+    """
 
     keys: Float[Array, "layers batch kv_heads length head_dim"]
     values: Float[Array, "layers batch kv_heads length head_dim"]
     lengths: Int[Array, "batch"]
     """Tokens that each row has read."""
+    ring: bool = eqx.field(static=True, default=False)
 
     @property
     def length(self) -> int:
@@ -38,19 +42,52 @@ class CacheSlot(eqx.Module):
     layer: Int[Array, ""]
 
     def extend(
-        self, keys: Float[Array, "batch seq kv_heads head_dim"], values: Float[Array, "batch seq kv_heads head_dim"]
-    ) -> tuple[KVCache, Float[Array, "batch length kv_heads head_dim"], Float[Array, "batch length kv_heads head_dim"]]:
-        """The cache with the new tokens in it, and all keys and values of this layer."""
+        self,
+        keys: Float[Array, "batch seq kv_heads head_dim"],
+        values: Float[Array, "batch seq kv_heads head_dim"],
+        new: Int[Array, "batch"],
+    ) -> tuple[
+        KVCache,
+        Float[Array, "batch length kv_heads head_dim"],
+        Float[Array, "batch length kv_heads head_dim"],
+        Int[Array, "batch length"] | None,
+    ]:
+        """The cache with the new tokens in it, and all keys and values that the queries may see.
+
+        Of a ring these come with their positions, negative where there is no token; otherwise slots are positions.
+        `new` counts each row's new tokens: what follows them is padding.
+        """
+        cache, positions = self.cache, None
+        if cache.ring:
+            # A ring that has gone round no longer holds what the first of several queries sees, so all of them look at
+            # the ring as it was, and at their own keys.
+            seq = keys.shape[1]
+            old = newest(cache.lengths, cache.length)
+            own = jnp.where(jnp.arange(seq) < new[:, None], cache.lengths[:, None] + jnp.arange(seq), -1)
+            positions = jnp.concatenate([old, own], axis=1)
+            source = newest(cache.lengths + new, cache.length) - cache.lengths[:, None]
 
         def write(old: Array, new: Array) -> tuple[Array, Array]:
-            place = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1))
             layer = jax.lax.dynamic_index_in_dim(old, self.layer, keepdims=False)
-            layer = place(layer, new.swapaxes(1, 2).astype(old.dtype), self.cache.lengths)
-            return jax.lax.dynamic_update_index_in_dim(old, layer, self.layer, 0), layer.swapaxes(1, 2)
+            new = new.swapaxes(1, 2).astype(old.dtype)
+            if cache.ring:
+                seen = jnp.concatenate([layer, new], axis=2)
+                taken = jnp.take_along_axis(new, jnp.clip(source, 0, None)[:, None, :, None], axis=2)
+                layer = jnp.where((source >= 0)[:, None, :, None], taken, layer)
+            else:
+                place = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1))
+                seen = layer = place(layer, new, cache.lengths)
+            return jax.lax.dynamic_update_index_in_dim(old, layer, self.layer, 0), seen.swapaxes(1, 2)
 
-        all_keys, layer_keys = write(self.cache.keys, keys)
-        all_values, layer_values = write(self.cache.values, values)
-        return KVCache(all_keys, all_values, self.cache.lengths), layer_keys, layer_values
+        all_keys, seen_keys = write(cache.keys, keys)
+        all_values, seen_values = write(cache.values, values)
+        return KVCache(all_keys, all_values, cache.lengths, cache.ring), seen_keys, seen_values, positions
+
+
+def newest(lengths: Int[Array, "batch"], length: int) -> Int[Array, "batch {length}"]:
+    """The position that each slot of a ring holds after so many tokens; negative where it holds none."""
+    last = lengths[:, None] - 1
+    return last - (last - jnp.arange(length)) % length
 
 
 class TPUMultiHeadAttention(eqx.Module):
@@ -58,19 +95,24 @@ class TPUMultiHeadAttention(eqx.Module):
 
     With `use_flash_attn` the scores of long rows are never held; without it the reference computes them all. Heads are
     divided over the mesh's `model`; where there are fewer key and value heads than devices, each computes them all and
-    attends to its own.
+    attends to its own. `qk_norm_epsilon` norms each head's queries and keys before they are turned (2302.05442), scores
+    are multiplied by `scale` (head_dim^-1/2 if not given) and `softcap` bounds them (2408.00118).
     """
 
     query: TPUGEMMLinear
     key: TPUGEMMLinear
     value: TPUGEMMLinear
     out: TPUGEMMLinear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
     num_heads: int = eqx.field(static=True)
     num_kv_heads: int = eqx.field(static=True)
     head_dim: int = eqx.field(static=True)
     pattern: AttentionPattern = eqx.field(static=True)
     window: int = eqx.field(static=True)
     block: int = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    softcap: float | None = eqx.field(static=True)
     dropout_rate: float = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
 
@@ -86,6 +128,9 @@ class TPUMultiHeadAttention(eqx.Module):
         pattern: AttentionPattern = "full",
         window: int = 512,
         block: int = 128,
+        qk_norm_epsilon: float | None = None,
+        scale: float | None = None,
+        softcap: float | None = None,
         dropout_rate: float = 0.0,
         implementation: str | None = None,
         residual_gain: float = 1.0,
@@ -103,6 +148,10 @@ class TPUMultiHeadAttention(eqx.Module):
         self.key = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, split=keys, key=key_key)
         self.value = TPUGEMMLinear(hidden_size, kv_width, False, use_fp8, split=keys, key=value_key)
         self.out = TPUGEMMLinear(width, hidden_size, False, use_fp8, gain=residual_gain, split=outputs, key=out_key)
+        normed = qk_norm_epsilon is not None
+        self.query_norm = RMSNorm(head_dim, qk_norm_epsilon) if normed else None
+        self.key_norm = RMSNorm(head_dim, qk_norm_epsilon) if normed else None
+        self.scale, self.softcap = head_dim**-0.5 if scale is None else scale, softcap
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.pattern, self.window, self.block = pattern, window, block
         self.dropout_rate = dropout_rate
@@ -126,15 +175,23 @@ class TPUMultiHeadAttention(eqx.Module):
         heads = (*x.shape[:2], -1, self.head_dim)
         # One copy for each device along `model`, so that the gradients of its uses are summed here and then once there.
         x = vary(x, "model")
-        q = rotate(self.query(x).reshape(heads), angles)
+        q = self.query(x).reshape(heads)
         k, v = (self.own_heads(project(x).reshape(heads)) for project in (self.key, self.value))
-        k = rotate(k, angles)
-        cache, options = None, self.pattern_options(x.shape[1])
-        if slot is not None:
-            cache, k, v = slot.extend(k, v)
-            options |= self.pattern_options(k.shape[1], positions) | {"q_offset": slot.cache.lengths}
-        elif segment_ids is not None:
-            options["segment_ids"] = segment_ids
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        cache, options = None, {"scale": self.scale, "softcap": self.softcap}
+        if slot is None:
+            options |= self.pattern_options(x.shape[1]) | {"segment_ids": segment_ids}
+        else:
+            new = jnp.full(len(x), x.shape[1]) if segment_ids is None else (segment_ids > 0).sum(axis=1)
+            cache, k, v, slots = slot.extend(k, v, new.astype(jnp.int32))
+            if slots is None:
+                options |= self.pattern_options(k.shape[1], positions) | {"q_offset": slot.cache.lengths}
+            else:
+                distance = positions[:, :, None] - slots[:, None, :]
+                visible = (distance >= 0) & (distance < self.window) & (slots >= 0)[:, None, :]
+                options |= {"mask": visible[:, None], "causal": False}
         if key is not None and self.dropout_rate > 0:
             options |= {
                 "dropout_rate": self.dropout_rate,

@@ -107,6 +107,23 @@ class TPULayerNorm(eqx.Module):
         return y.astype(x.dtype)
 
 
+class RMSNorm(eqx.Module):
+    """y = x / sqrt(mean(x^2) + epsilon) * (1 + weight) over the last axis, in f32 and cast down last (1910.07467)."""
+
+    dim: int = eqx.field(static=True)
+    epsilon: float = eqx.field(static=True)
+    weight: Float[Array, "dim"] = parameter(decay=False, cast=False)
+
+    def __init__(self, dim: int, epsilon: float = 1e-6):
+        self.weight = jnp.zeros(dim)
+        self.dim, self.epsilon = dim, epsilon
+
+    def __call__(self, x: Float[Array, "*batch {self.dim}"]) -> Float[Array, "*batch {self.dim}"]:
+        y = x.astype(wide(x.dtype))
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (y * (1 + self.weight)).astype(x.dtype)
+
+
 class Embedding(eqx.Module):
     """A row for each piece; as a head, its transpose. Each device along the mesh's `model` has its part of the rows."""
 

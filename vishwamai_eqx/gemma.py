@@ -1,0 +1,308 @@
+"""Gemma 1, 2 and 3 (2403.08295, 2408.00118, 2503.19786) from the layers of VishwamAI.
+
+gemma = vishwamai_eqx.gemma.load("gemma-7b")
+logits = gemma(tokens)  # [batch, seq, vocab], f32
+"""
+
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from vishwamai_eqx import gemma_config, huggingface_model
+from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
+from vishwamai_eqx.config import Remat
+from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
+from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, TPUGEMMLinear, rotary_angles, wide
+from vishwamai_eqx.mesh import gather
+from vishwamai_eqx.model import REMAT, without_layers
+
+
+class Block(eqx.Module):
+    """x + post_norm(attention(norm(x))), then the same of the feed-forward; in Gemma 1 no norm follows a branch."""
+
+    attention_norm: RMSNorm
+    attention: TPUMultiHeadAttention
+    post_attention_norm: RMSNorm | None
+    mlp_norm: RMSNorm
+    mlp: GatedMLP
+    post_mlp_norm: RMSNorm | None
+
+    def __init__(self, config: GemmaConfig, kind: LayerKind, *, key: PRNGKeyArray):
+        attention_key, mlp_key = jax.random.split(key)
+
+        def norm() -> RMSNorm:
+            return RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+        self.attention_norm, self.mlp_norm = norm(), norm()
+        self.post_attention_norm = norm() if config.has_post_norms else None
+        self.post_mlp_norm = norm() if config.has_post_norms else None
+        self.attention = TPUMultiHeadAttention(
+            config.hidden_size,
+            config.num_attention_heads,
+            config.head_dim,
+            num_kv_heads=config.num_key_value_heads,
+            pattern="window" if kind == "sliding_attention" else "full",
+            window=config.sliding_window,
+            qk_norm_epsilon=config.rms_norm_eps if config.has_qk_norm else None,
+            scale=config.query_pre_attn_scalar**-0.5,
+            softcap=config.attn_logit_softcapping,
+            key=attention_key,
+        )
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, "gelu_tanh", key=mlp_key)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch seq d_model"],
+        positions: Int[Array, "batch seq"],
+        angles: Angles,
+        segment_ids: Int[Array, "batch seq"],
+        slot: CacheSlot | None = None,
+    ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None]:
+        with jax.named_scope("attention"):
+            y, cache = self.attention(self.attention_norm(x), positions, angles, segment_ids, slot)
+            x = x + (y if self.post_attention_norm is None else self.post_attention_norm(y))
+        with jax.named_scope("mlp"):
+            y = self.mlp(self.mlp_norm(x))
+            return x + (y if self.post_mlp_norm is None else self.post_mlp_norm(y)), cache
+
+
+class GemmaCache(eqx.Module):
+    """A cache for each block of the period and for each of the rest; those of sliding layers are rings."""
+
+    period: tuple[KVCache, ...]
+    rest: tuple[KVCache, ...]
+    lengths: Int[Array, "batch"]
+
+
+class Decoder(eqx.Module):
+    """Embedding, blocks, final norm and head, called as `VishwamAI` is.
+
+    Layers of a kind repeat with a period (one, two, or six of them), over which the blocks are scanned: each of
+    `period` is a stack of every p-th layer. `rest` are the layers after the last whole period, stacks of one.
+    """
+
+    embedding: Embedding
+    period: tuple[Block, ...]
+    rest: tuple[Block, ...]
+    norm: RMSNorm
+    untied_head: Embedding | None
+    config: GemmaConfig = eqx.field(static=True)
+    compute_dtype: str = eqx.field(static=True)
+    remat: Remat = eqx.field(static=True)
+
+    def __init__(
+        self, config: GemmaConfig, compute_dtype: str = "float32", remat: Remat = "full", *, key: PRNGKeyArray
+    ):
+        embedding_key, head_key, blocks_key, rest_key = jax.random.split(key, 4)
+        repeats, rest = divmod(config.num_hidden_layers, config.period)
+
+        def stack(kind: LayerKind, layers: int, key: PRNGKeyArray) -> Block:
+            return eqx.filter_vmap(lambda key: Block(config, kind, key=key))(jax.random.split(key, layers))
+
+        def stacks(count: int, layers: int, key: PRNGKeyArray) -> tuple[Block, ...]:
+            kinds = config.layer_types[:count]
+            return tuple(stack(kind, layers, jax.random.fold_in(key, i)) for i, kind in enumerate(kinds))
+
+        std = config.hidden_size**-0.5
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, std=std, key=embedding_key)
+        self.period, self.rest = stacks(config.period, repeats, blocks_key), stacks(rest, 1, rest_key)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.untied_head = None if tied else Embedding(config.vocab_size, config.hidden_size, std=std, key=head_key)
+        self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch seq"],
+        *,
+        segment_ids: Int[Array, "batch seq"] | None = None,
+        positions: Int[Array, "batch seq"] | None = None,
+        cache: GemmaCache | None = None,
+        placement: Any = None,
+        return_hidden: bool = False,
+    ) -> tuple[Float[Array, "batch seq d_model"], GemmaCache | None, list[Float[Array, "batch seq d_model"]] | None]:
+        """Final hidden states, the cache with the new tokens in it, and with `return_hidden` each block's output.
+
+        Arguments are those of `VishwamAI`.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        if positions is None:
+            start = 0 if cache is None else cache.lengths[:, None]
+            positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        config, dtype = self.config, jnp.dtype(self.compute_dtype)
+        with jax.named_scope("embedding"):
+            embedding = gather(self.embedding, placement and placement.embedding, dtype)
+            x = embedding(tokens).astype(dtype) * jnp.asarray(config.hidden_size**0.5, dtype)
+        turns = {
+            "full_attention": (positions / config.rope_factor, config.rope_theta),
+            "sliding_attention": (positions, config.rope_local_theta),
+        }
+        angles = {
+            kind: rotary_angles(*turns[kind][:1], config.head_dim, turns[kind][1], wide(dtype))
+            for kind in set(config.layer_types)
+        }
+
+        def layers(x: Array, shards: Any, caches: Any, index: Array, places: Any) -> tuple[Array, tuple, list[Array]]:
+            """Some blocks one after the other, each the `index`-th of its stack."""
+            outputs, read = [], []
+            for i, shard in enumerate(shards):
+                # Gathered here, inside what remat repeats, so that no more than a period's weights live at a time.
+                block = gather(shard, places and jax.tree.map(without_layers, places[i]), dtype)
+                slot = None if cache is None else CacheSlot(caches[i], index)
+                x, after = block(x, positions, angles[config.layer_types[i]], segment_ids, slot)
+                outputs.append(x)
+                read.append(after)
+            return x, tuple(read), outputs
+
+        def one_period(carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], list[Array] | None]:
+            shards, index = xs
+            x, caches, outputs = layers(*carry[:1], shards, carry[1], index, placement and placement.period)
+            return (x, caches), outputs if return_hidden else None
+
+        if self.remat != "none":
+            one_period = jax.checkpoint(one_period, policy=REMAT[self.remat], prevent_cse=False)
+        repeats = config.num_hidden_layers // config.period
+        nothing = (None,) * config.period
+        carry = (x, nothing if cache is None else cache.period)
+        (x, period_caches), outputs = jax.lax.scan(one_period, carry, (self.period, jnp.arange(repeats)))
+        # Of [repeats] each, position by position of the period, to the order of the layers.
+        hidden = [stack[i] for i in range(repeats) for stack in outputs] if return_hidden else None
+        rest = jax.tree.map(lambda leaf: leaf[0], self.rest)
+        rest_caches = nothing if cache is None else cache.rest
+        x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), placement and placement.rest)
+        if cache is not None:
+            lengths = cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
+
+            def counted(caches: tuple[KVCache, ...]) -> tuple[KVCache, ...]:
+                return tuple(KVCache(each.keys, each.values, lengths, each.ring) for each in caches)
+
+            cache = GemmaCache(counted(period_caches), counted(rest_caches), lengths)
+        x = gather(self.norm, placement and placement.norm, dtype)(x)
+        return x, cache, hidden + outputs if return_hidden else None
+
+    @property
+    def head_weight(self) -> Embedding:
+        """The embedding that hidden states are compared with."""
+        return self.embedding if self.untied_head is None else self.untied_head
+
+    def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Logits in f32, soft-capped where the configuration says so."""
+        logits, cap = self.head_weight.logits(hidden), self.config.final_logit_softcapping
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def new_cache(self, batch: int, length: int) -> GemmaCache:
+        """An empty cache for `batch` rows of at most `length` tokens; sliding layers keep their window only."""
+        config, lengths = self.config, jnp.zeros(batch, jnp.int32)
+
+        def empty(kind: LayerKind, layers: int) -> KVCache:
+            ring = kind == "sliding_attention" and config.sliding_window < length
+            shape = (layers, batch, config.num_key_value_heads, config.sliding_window if ring else length)
+            zeros = jnp.zeros((*shape, config.head_dim), self.compute_dtype)
+            return KVCache(zeros, zeros, lengths, ring)
+
+        repeats = config.num_hidden_layers // config.period
+        period = tuple(empty(kind, repeats) for kind in config.layer_types[: config.period])
+        return GemmaCache(period, tuple(empty(kind, 1) for kind in config.layer_types[: len(self.rest)]), lengths)
+
+
+class Gemma(eqx.Module):
+    """A decoder whose call gives logits."""
+
+    decoder: Decoder
+
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], *, return_hidden: bool = False
+    ) -> (
+        Float[Array, "batch seq vocab"]
+        | tuple[Float[Array, "batch seq vocab"], list[Float[Array, "batch seq d_model"]]]
+    ):
+        """Logits in f32, and with `return_hidden` each block's output, before the final norm."""
+        x, _, hidden = self.decoder(tokens, return_hidden=return_hidden)
+        logits = self.decoder.head(x)
+        return logits if hidden is None else (logits, hidden)
+
+
+def load(
+    path: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    compute_dtype: Any = None,
+    shardings: Any = None,
+    remat: Remat = "full",
+) -> Gemma:
+    """The Gemma of a Hugging Face folder, with parameters of `dtype` and arithmetic in `compute_dtype` (or `dtype`).
+
+    `shardings` is a tree like the decoder of where each array goes; each device then reads its own slices.
+
+    **Raises** ValueError for a folder that is incomplete, damaged, or another model's.
+    """
+    path = Path(path)
+    config = gemma_config.read(path)
+    compute = jnp.dtype(dtype if compute_dtype is None else compute_dtype).name
+    abstract = eqx.filter_eval_shape(lambda: Decoder(config, compute, remat, key=jax.random.key(0)))
+    return Gemma(huggingface_model.read(path, abstract, names(abstract), jnp.dtype(dtype), shardings))
+
+
+def save(gemma: Gemma, path: str | Path) -> None:
+    """Write a folder that `transformers` loads, weights in the type that they have here."""
+    decoder = gemma.decoder
+    dtype = decoder.embedding.weight.dtype.name
+    huggingface_model.write(Path(path), decoder, names(decoder), gemma_config.describe(decoder.config, dtype))
+
+
+# Where the file's name differs from the field's; weights of files are [out, in].
+_FIELDS = {
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.out": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+}
+# In Gemma 1 the second norm of a layer bears the name that in later ones a norm after attention has.
+_NORMS = {"mlp_norm": "post_attention_layernorm"}
+_POST_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
+def names(decoder: Decoder) -> Any:
+    """A tree like `decoder` of the `huggingface_model.Source` of each array."""
+    config = decoder.config
+    fields = _FIELDS | (_POST_NORMS if config.has_post_norms else _NORMS)
+    outside = {
+        "embedding": "model.embed_tokens.weight",
+        "norm": "model.norm.weight",
+        "untied_head": "lm_head.weight",
+    }
+
+    def source(path: tuple[Any, ...], leaf: Any) -> huggingface_model.Source:
+        keys = [str(getattr(entry, "name", getattr(entry, "idx", None))) for entry in path]
+        if keys[0] in outside:
+            return huggingface_model.Source((outside[keys[0]],), stacked=False, transposed=False)
+        first, field = int(keys[1]), ".".join(keys[2:-1])
+        if keys[0] == "rest":
+            layers = [config.num_hidden_layers - len(decoder.rest) + first]
+        else:
+            layers = range(first, config.num_hidden_layers - len(decoder.rest), config.period)
+        module = decoder.period[0]
+        for name in keys[2:-1]:
+            module = getattr(module, name)
+        # A linear map that makes more features than it takes is stored [in, out].
+        transposed = isinstance(module, TPUGEMMLinear) and module.features >= module.in_features
+        return huggingface_model.Source(
+            tuple(f"model.layers.{layer}.{fields[field]}.weight" for layer in layers), True, transposed
+        )
+
+    return jax.tree_util.tree_map_with_path(source, decoder)
