@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -12,13 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from vishwamai_eqx.attention import KVCache
-from vishwamai_eqx.model import VishwamAI
-
 # Tokens that the loop makes before the host looks: text streams, and few launches are paid for.
 STRIDE = 8
 # Prompts and caches are padded to powers of two from here, so that few shapes are ever compiled.
 SMALLEST_BUCKET = 16
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What a model has read of each row."""
+
+    lengths: Int[Array, "batch"]
+    """Tokens read."""
+
+
+@runtime_checkable
+class CachedModel(Protocol):
+    """What can be decoded: `VishwamAI`, and `gemma.Decoder`."""
+
+    def __call__(self, tokens: Int[Array, "batch seq"], *, segment_ids: Any = None, cache: Any = None) -> Any:
+        """Final hidden states, the cache with the tokens in it, and more."""
+
+    def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        """Logits in f32."""
+
+    def new_cache(self, batch: int, length: int) -> Any:
+        """An empty `Cache` for rows of at most `length` tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +65,7 @@ class Sampling:
 class Rows(eqx.Module):
     """The rows being generated."""
 
-    cache: KVCache
+    cache: Cache
     logits: Float[Array, "batch vocab"]
     """Of the next token."""
     key: Array
@@ -58,7 +77,7 @@ class Rows(eqx.Module):
 
 
 def stream(
-    model: VishwamAI,
+    model: CachedModel,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -87,7 +106,7 @@ def stream(
 
 
 def _stream(
-    model: VishwamAI,
+    model: CachedModel,
     prompts: Sequence[Sequence[int]],
     longest: int,
     max_new_tokens: int,
@@ -115,7 +134,7 @@ def _stream(
         yield pieces
 
 
-def generate(model: VishwamAI, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
+def generate(model: CachedModel, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
     """Each row's new tokens, all at once; takes what `stream` takes."""
     rows: list[list[int]] = [[] for _ in prompts]
     for pieces in stream(model, prompts, **options):  # pyright: ignore[reportArgumentType]
@@ -131,7 +150,7 @@ def bucket(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="length")
 def prefill(
-    model: VishwamAI,
+    model: CachedModel,
     tokens: Int[Array, "batch seq"],
     lengths: Int[Array, "batch"],
     seed: UInt32[Array, ""],
@@ -158,7 +177,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def decode(model: VishwamAI, rows: Rows, eos_id: Int[Array, ""]) -> tuple[Int[Array, "batch stride"], Rows]:
+def decode(model: CachedModel, rows: Rows, eos_id: Int[Array, ""]) -> tuple[Int[Array, "batch stride"], Rows]:
     """Draw and read `STRIDE` tokens a row; a row that is done draws on, unread."""
 
     def step(rows: Rows, _xs: None) -> tuple[Rows, Int[Array, "batch"]]:

@@ -138,14 +138,16 @@ class Decoder(eqx.Module):
         with jax.named_scope("embedding"):
             embedding = gather(self.embedding, placement and placement.embedding, dtype)
             x = embedding(tokens).astype(dtype) * jnp.asarray(config.hidden_size**0.5, dtype)
-        turns = {
-            "full_attention": (positions / config.rope_factor, config.rope_theta),
-            "sliding_attention": (positions, config.rope_local_theta),
+        turned = {
+            "full_attention": (config.rope_theta, config.rope_factor),
+            "sliding_attention": (config.rope_local_theta, 1.0),
         }
-        angles = {
-            kind: rotary_angles(*turns[kind][:1], config.head_dim, turns[kind][1], wide(dtype))
-            for kind in set(config.layer_types)
-        }
+
+        def kind_angles(kind: LayerKind) -> Angles:
+            theta, factor = turned[kind]
+            return rotary_angles(positions, config.head_dim, theta, wide(dtype), factor)
+
+        angles = {kind: kind_angles(kind) for kind in set(config.layer_types)}
 
         def layers(x: Array, shards: Any, caches: Any, index: Array, places: Any) -> tuple[Array, tuple, list[Array]]:
             """Some blocks one after the other, each the `index`-th of its stack."""

@@ -19,6 +19,26 @@ ARCHITECTURES: dict[Family, str] = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
 }
+# What is read as it stands.
+_NUMBERS: dict[str, type[int] | type[float] | type[bool]] = {
+    "vocab_size": int,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_hidden_layers": int,
+    "num_attention_heads": int,
+    "num_key_value_heads": int,
+    "head_dim": int,
+    "max_position_embeddings": int,
+    "rms_norm_eps": float,
+    "tie_word_embeddings": bool,
+    "sliding_window": int,
+    "query_pre_attn_scalar": float,
+    "attn_logit_softcapping": float,
+    "final_logit_softcapping": float,
+    "pad_token_id": int,
+    "eos_token_id": int,
+    "bos_token_id": int,
+}
 # A window on all layers but each n-th, where a file of the earlier dialect does not say.
 _PATTERN: dict[Family, int] = {"gemma2": 2, "gemma3_text": 6}
 
@@ -41,7 +61,7 @@ class GemmaConfig:
     layer_types: tuple[LayerKind, ...] = ()
     """Each layer's kind; all attend fully where none is given."""
     sliding_window: int = 4096
-    query_pre_attn_scalar: float = 256
+    query_pre_attn_scalar: float = 256.0
     """Scores are divided by its root."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -84,9 +104,7 @@ def read(folder: Path) -> GemmaConfig:
     try:
         described = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not a readable config.json ({error}); give a Gemma folder of Hugging Face."
-        ) from None
+        raise ValueError(f"{path}: not readable ({error}); give a Gemma folder of Hugging Face.") from None
     if not isinstance(described, dict):
         raise ValueError(f"{path}: not a JSON object; give a Gemma folder of Hugging Face.")
     if described.get("model_type") == "gemma3" and isinstance(described.get("text_config"), dict):
@@ -116,7 +134,7 @@ def _config(path: Path, family: Family, described: dict[str, Any]) -> GemmaConfi
     missing = [name for name in required if name not in described]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} must be given; take the file from the model's own folder.")
-    given = {field.name: described[field.name] for field in fields if described.get(field.name) is not None}
+    given = {name: described[name] for name in _NUMBERS if described.get(name) is not None}
     if isinstance(given.get("eos_token_id"), list):
         given["eos_token_id"] = given["eos_token_id"][0]
     given["layer_types"] = _layer_types(family, described)
@@ -127,11 +145,14 @@ def _config(path: Path, family: Family, described: dict[str, Any]) -> GemmaConfi
         # A file that leaves them out has them; null has none.
         caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
         given |= {name: cap for name, cap in caps.items() if name not in described}
-    given |= _rope(family, described)
-    try:
-        return GemmaConfig(**given)
-    except TypeError as error:
-        raise ValueError(f"{path}: {error}") from None
+    given |= _rope(path, family, described)
+    for name, kind in _NUMBERS.items():
+        value = given.get(name)
+        if value is not None and (not isinstance(value, (kind, int)) or isinstance(value, bool) != (kind is bool)):
+            raise ValueError(f"{path}: {name}={value!r} must be of type {kind.__name__}; mend the file.")
+        if value is not None:
+            given[name] = kind(value)
+    return GemmaConfig(model_type=family, **given)
 
 
 def _layer_types(family: Family, described: dict[str, Any]) -> tuple[LayerKind, ...]:
@@ -144,7 +165,7 @@ def _layer_types(family: Family, described: dict[str, Any]) -> tuple[LayerKind, 
     return tuple("full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers))
 
 
-def _rope(family: Family, described: dict[str, Any]) -> dict[str, float]:
+def _rope(path: Path, family: Family, described: dict[str, Any]) -> dict[str, float]:
     parameters = described.get("rope_parameters")
     if parameters is None:
         default = 1_000_000.0 if family == "gemma3_text" else 10_000.0
@@ -158,7 +179,7 @@ def _rope(family: Family, described: dict[str, Any]) -> dict[str, float]:
     for each in (full, local):
         kind = each.get("rope_type") or each.get("type") or "default"
         if kind not in ("default", "linear"):
-            raise ValueError(f"rope_type={kind!r} must be 'default' or 'linear': Gemma's text models have no other.")
+            raise ValueError(f"{path}: rope_type={kind!r} must be 'default' or 'linear', as in every Gemma.")
     theta = full.get("rope_theta", 10_000.0)
     local_theta = local.get("rope_theta", 10_000.0) if family == "gemma3_text" else theta
     return {
@@ -172,8 +193,8 @@ def _check(path: Path, config: GemmaConfig) -> None:
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     for name in (*sizes, "num_key_value_heads", "head_dim", "sliding_window"):
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{path}: {name}={value!r} must be a whole number of at least 1.")
+        if value < 1:
+            raise ValueError(f"{path}: {name}={value} must be at least 1; mend the file.")
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
             f"{path}: num_key_value_heads={config.num_key_value_heads} must divide num_attention_heads="
@@ -196,7 +217,11 @@ def _check(path: Path, config: GemmaConfig) -> None:
 def describe(config: GemmaConfig, dtype: str) -> dict[str, Any]:
     """`config.json` of that configuration, in the dialect of transformers 5, for weights stored as `dtype`."""
     described = {"architectures": [ARCHITECTURES[config.model_type]], "dtype": dtype, "attention_bias": False}
-    described |= {"attention_dropout": 0.0, "hidden_activation": "gelu_pytorch_tanh"}
+    described |= {
+        "attention_dropout": 0.0,
+        "use_bidirectional_attention": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
     described |= dataclasses.asdict(config) | {"layer_types": list(config.layer_types)}
     for name in ("rope_theta", "rope_factor", "rope_local_theta"):
         del described[name]
@@ -206,6 +231,7 @@ def describe(config: GemmaConfig, dtype: str) -> dict[str, Any]:
     if config.model_type == "gemma3_text":
         local = {"rope_type": "default", "rope_theta": config.rope_local_theta}
         described["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
+        described["use_bidirectional_attention"] = False
     else:
         described["rope_parameters"] = full
     if config.model_type == "gemma":

@@ -67,7 +67,7 @@ class Weights:
                 )
             elif dtype not in DTYPES:
                 problems.append(
-                    f"{self._files[name]}: {name} has dtype {dtype}, which must be one of {', '.join(DTYPES)}"
+                    f"{self._files[name]}: {name} has dtype {dtype}, not one of {', '.join(DTYPES)}; convert it"
                 )
         for name in self._tensors:
             if name not in wanted and name not in optional and not any(part in name for part in _UNREAD):

@@ -151,11 +151,11 @@ def take_rows(table: Float[Array, "rows width"], index: Int[Array, "*batch"]) ->
 
 
 def rotary_angles(
-    positions: Int[Array, "batch seq"], head_dim: int, theta: float, dtype: jnp.dtype
+    positions: Int[Array, "batch seq"], head_dim: int, theta: float, dtype: jnp.dtype, factor: float = 1.0
 ) -> tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]:
-    """Cosine and sine of position * theta^(-2i/head_dim) for the pairs i of a head (2104.09864), in `dtype`."""
+    """Cosine and sine of position / factor * theta^(-2i/head_dim) for pairs i of a head (2104.09864), in `dtype`."""
     half = head_dim // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half)
+    frequencies = theta ** (-jnp.arange(half, dtype=dtype) / half) / factor
     angles = positions[:, :, None, None] * frequencies
     # Kept whole: XLA would rather compute them again in every layer, for every head, forward and backward.
     return jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles)))
