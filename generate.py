@@ -1,6 +1,7 @@
 """Write text with a trained model: prompt -> ids -> prefill -> one jitted decode loop -> text as it comes.
 
 python generate.py --run-dir runs/tiny --prompt 'def main('
+python generate.py --model gemma-7b --prompt 'The capital of France is'
 echo 'import os' | python generate.py --run-dir runs/tiny --temperature 0.7 --top-p 0.9 --num-samples 3
 """
 
@@ -9,11 +10,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import vishwamai_eqx  # isort: skip  (before jax, whose platform it chooses)
 
-from vishwamai_eqx import command_line, decode
-from vishwamai_eqx.run import Loaded
+import jax.numpy as jnp
+
+from vishwamai_eqx import command_line, decode, gemma
+from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 
@@ -22,7 +26,9 @@ class Settings:
     """What `generate.py` takes."""
 
     run_dir: Path = Path("runs/tiny")
-    """The run whose newest checkpoint writes."""
+    """The run whose newest checkpoint writes, or an exported one."""
+    model: Path | None = None
+    """A Gemma folder of Hugging Face, which writes in the run's stead."""
     prompt: str | None = None
     """What the text begins with; none: standard input."""
     max_new_tokens: int = 128
@@ -55,18 +61,36 @@ class Text:
         return new
 
 
-def generate(settings: Settings, sampling: decode.Sampling, run: Loaded) -> None:
+class Writer(NamedTuple):
+    """What writes."""
+
+    model: decode.CachedModel
+    tokenizer: VishwamAITokenizer
+    max_length: int
+
+
+def load(settings: Settings) -> Writer:
+    """The run's model, or the Gemma that was asked for."""
+    if settings.model is None:
+        model, tokenizer, config = vishwamai_eqx.load(settings.run_dir)
+        return Writer(model, tokenizer, config.model.max_seq_len)
+    dtype = compute_dtype("auto")
+    decoder = gemma.load(settings.model, jnp.dtype(dtype)).decoder
+    return Writer(decoder, gemma.tokenizer(settings.model), decoder.config.max_position_embeddings)
+
+
+def generate(settings: Settings, sampling: decode.Sampling, writer: Writer) -> None:
     prompt = sys.stdin.read() if settings.prompt is None else settings.prompt
-    ids = [run.tokenizer.bos_id, *run.tokenizer.encode_ids(prompt)]
-    texts = [Text(run.tokenizer) for _ in range(settings.num_samples)]
+    ids = [writer.tokenizer.bos_id, *writer.tokenizer.encode_ids(prompt)]
+    texts = [Text(writer.tokenizer) for _ in range(settings.num_samples)]
     pieces = decode.stream(
-        run.model,
+        writer.model,
         [ids] * settings.num_samples,
         max_new_tokens=settings.max_new_tokens,
-        eos_id=run.tokenizer.eos_id,
+        eos_id=writer.tokenizer.eos_id,
         sampling=sampling,
         seed=settings.seed,
-        max_length=run.config.model.max_seq_len,
+        max_length=writer.max_length,
     )
     began = time.perf_counter()
     # One sample is shown as it comes; several would be shuffled together, so each is shown when all are done.
@@ -96,7 +120,7 @@ def main(argv: list[str]) -> int:
         for name in ("num_samples", "max_new_tokens"):
             if getattr(settings, name) < 1:
                 raise ValueError(f"{name}={getattr(settings, name)} must be at least 1; take 1.")
-        generate(settings, sampling, vishwamai_eqx.load(settings.run_dir))
+        generate(settings, sampling, load(settings))
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2

@@ -57,7 +57,8 @@ class CacheSlot(eqx.Module):
         Of a ring these come with their positions, negative where there is no token; otherwise slots are positions.
         `new` counts each row's new tokens: what follows them is padding.
         """
-        cache, positions = self.cache, None
+        cache = self.cache
+        positions = source = None
         if cache.ring:
             # A ring that has gone round no longer holds what the first of several queries sees, so all of them look at
             # the ring as it was, and at their own keys.
@@ -70,7 +71,7 @@ class CacheSlot(eqx.Module):
         def write(old: Array, new: Array) -> tuple[Array, Array]:
             layer = jax.lax.dynamic_index_in_dim(old, self.layer, keepdims=False)
             new = new.swapaxes(1, 2).astype(old.dtype)
-            if cache.ring:
+            if source is not None:
                 seen = jnp.concatenate([layer, new], axis=2)
                 taken = jnp.take_along_axis(new, jnp.clip(source, 0, None)[:, None, :, None], axis=2)
                 layer = jnp.where((source >= 0)[:, None, :, None], taken, layer)

@@ -32,12 +32,15 @@ class CachedModel(Protocol):
 
     def __call__(self, tokens: Int[Array, "batch seq"], *, segment_ids: Any = None, cache: Any = None) -> Any:
         """Final hidden states, the cache with the tokens in it, and more."""
+        ...
 
     def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
         """Logits in f32."""
+        ...
 
     def new_cache(self, batch: int, length: int) -> Any:
         """An empty `Cache` for rows of at most `length` tokens."""
+        ...
 
 
 @dataclass(frozen=True)

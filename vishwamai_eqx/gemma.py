@@ -19,6 +19,7 @@ from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
 from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, TPUGEMMLinear, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.model import REMAT, without_layers
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 
 class Block(eqx.Module):
@@ -172,8 +173,10 @@ class Decoder(eqx.Module):
         nothing = (None,) * config.period
         carry = (x, nothing if cache is None else cache.period)
         (x, period_caches), outputs = jax.lax.scan(one_period, carry, (self.period, jnp.arange(repeats)))
-        # Of [repeats] each, position by position of the period, to the order of the layers.
-        hidden = [stack[i] for i in range(repeats) for stack in outputs] if return_hidden else None
+        hidden = None
+        if outputs is not None:
+            # Of [repeats] each, position by position of the period, to the order of the layers.
+            hidden = [stack[i] for i in range(repeats) for stack in outputs]
         rest = jax.tree.map(lambda leaf: leaf[0], self.rest)
         rest_caches = nothing if cache is None else cache.rest
         x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), placement and placement.rest)
@@ -185,7 +188,7 @@ class Decoder(eqx.Module):
 
             cache = GemmaCache(counted(period_caches), counted(rest_caches), lengths)
         x = gather(self.norm, placement and placement.norm, dtype)(x)
-        return x, cache, hidden + outputs if return_hidden else None
+        return x, cache, None if hidden is None else hidden + outputs
 
     @property
     def head_weight(self) -> Embedding:
@@ -245,9 +248,26 @@ def load(
     """
     path = Path(path)
     config = gemma_config.read(path)
+    if (path / "tokenizer.model").exists():
+        tokenizer(path)
     compute = jnp.dtype(dtype if compute_dtype is None else compute_dtype).name
     abstract = eqx.filter_eval_shape(lambda: Decoder(config, compute, remat, key=jax.random.key(0)))
     return Gemma(huggingface_model.read(path, abstract, names(abstract), jnp.dtype(dtype), shardings))
+
+
+def tokenizer(path: str | Path) -> VishwamAITokenizer:
+    """The SentencePiece model of a Gemma folder.
+
+    **Raises** ValueError where there is none, or it makes ids that the model has no embedding for.
+    """
+    path = Path(path)
+    config, found = gemma_config.read(path), VishwamAITokenizer(path)
+    if found.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"{found.model_path}: {found.vocab_size} pieces, but config.json says vocab_size={config.vocab_size}; "
+            "take both from the same model."
+        )
+    return found
 
 
 def save(gemma: Gemma, path: str | Path) -> None:

@@ -32,7 +32,7 @@ _NUMBERS: dict[str, type[int] | type[float] | type[bool]] = {
     "rms_norm_eps": float,
     "tie_word_embeddings": bool,
     "sliding_window": int,
-    "query_pre_attn_scalar": float,
+    "query_pre_attn_scalar": int,
     "attn_logit_softcapping": float,
     "final_logit_softcapping": float,
     "pad_token_id": int,
@@ -61,7 +61,7 @@ class GemmaConfig:
     layer_types: tuple[LayerKind, ...] = ()
     """Each layer's kind; all attend fully where none is given."""
     sliding_window: int = 4096
-    query_pre_attn_scalar: float = 256.0
+    query_pre_attn_scalar: int = 256
     """Scores are divided by its root."""
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None

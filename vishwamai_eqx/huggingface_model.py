@@ -34,6 +34,20 @@ class Source:
     transposed: bool
 
 
+def by_path(tree: Any) -> Any:
+    """Each array under the name of its place in a tree, as it is: how this project's own models are written."""
+
+    def source(path: tuple[Any, ...], _leaf: Any) -> Source:
+        return Source((jax.tree_util.keystr(path, simple=True, separator="."),), stacked=False, transposed=False)
+
+    return jax.tree_util.tree_map_with_path(source, tree)
+
+
+def files_in(folder: Path) -> bool:
+    """Whether a folder holds weights of this kind."""
+    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+
+
 class Weights:
     """The tensors of a folder by name, opened but not read.
 

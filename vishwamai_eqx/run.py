@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from vishwamai_eqx import checkpoint
+from vishwamai_eqx import checkpoint, huggingface_model
 from vishwamai_eqx.command_line import read_config
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import gather
@@ -23,17 +25,38 @@ class Loaded(NamedTuple):
 
 
 def load(run_dir: str | Path, *, step: int | None = None, cast: bool = True) -> Loaded:
-    """Model, tokenizer and configuration of a run, its newest good checkpoint or the one of `step`.
+    """Model, tokenizer and configuration of a run, its newest good checkpoint or the one of `step`, or of an export.
 
     `cast` stores matrices in the compute type, for generation; without it they are f32, as trained. Raises ValueError
-    if the directory is not a run's, or has no good checkpoint.
+    if the directory is neither, or has no good checkpoint.
     """
     run_dir = Path(run_dir)
+    config = configuration(run_dir)
+    tokenizer = VishwamAITokenizer(run_dir / "tokenizer")
+    if huggingface_model.files_in(run_dir):
+        if step is not None:
+            raise ValueError(f"step={step}: {run_dir} is an exported model, which has one state; leave it out.")
+        abstract = _abstract(config)
+        model = huggingface_model.read(run_dir, abstract, huggingface_model.by_path(abstract), np.dtype(np.float32))
+    else:
+        model, _ = trained(run_dir, config, step)
+    return Loaded(gather(model, None, compute_dtype(config.precision)) if cast else model, tokenizer, config)
+
+
+def configuration(run_dir: Path) -> Config:
+    """What a run was started with; ValueError if there is none."""
     config = read_config(run_dir)
     if config is None:
         raise ValueError(f"run_dir={str(run_dir)!r} must be a run's: it has no config.json; train one with train.py.")
-    tokenizer = VishwamAITokenizer(run_dir / "tokenizer")
-    dtype = compute_dtype(config.precision)
-    abstract = jax.eval_shape(lambda: build(config.model, dtype, jax.random.key(0)))
-    model = checkpoint.read(run_dir / "checkpoints", {"model": abstract}, step=step)["model"]
-    return Loaded(gather(model, None, dtype) if cast else model, tokenizer, config)
+    return config
+
+
+def trained(run_dir: Path, config: Config, step: int | None = None) -> tuple[VishwamAI, int]:
+    """The model of a run's newest good checkpoint, or of the one of `step`, in f32, and its step."""
+    wanted = {"model": _abstract(config), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    saved = checkpoint.read(run_dir / "checkpoints", wanted, step=step)
+    return saved["model"], int(saved["step"])
+
+
+def _abstract(config: Config) -> VishwamAI:
+    return jax.eval_shape(lambda: build(config.model, compute_dtype(config.precision), jax.random.key(0)))

@@ -153,7 +153,7 @@ FAULTS = {
     "an exact GELU": (exact_gelu, "gemma"),
     "no 1 + w": (missing_one, "gemma"),
     "a window too long by one": (longer_window, "gemma2"),
-    "a wrong scale of q": (reconfigured(query_pre_attn_scalar=16.0), "gemma2"),
+    "a wrong scale of q": (reconfigured(query_pre_attn_scalar=16), "gemma2"),
     "no cap on scores": (reconfigured(attn_logit_softcapping=None), "gemma2"),
     "no cap on logits": (reconfigured(final_logit_softcapping=None), "gemma2"),
     "one base of rotary positions": (reconfigured(rope_local_theta=1e6), "gemma3"),

@@ -1,0 +1,107 @@
+"""`generate.py` and `vishwamai_eqx.load`: a run, its export, and a Gemma folder write the same way."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import generate
+import train
+import vishwamai_eqx
+from tests.histories import SETTINGS, text
+from vishwamai_eqx import export, gemma, manifest
+from vishwamai_eqx.gemma_config import GemmaConfig
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    corpus, run = text(tmp_path_factory.mktemp("text")), tmp_path_factory.mktemp("runs") / "run"
+    own = ["--steps=3", "--optim.batch-size=8", "--mesh=data=1", "--eval.every=3"]
+    assert train.main(["--run-dir", str(run), "--data", corpus, *SETTINGS, *own]) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    assert export.main([str(run_dir), str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gemma_dir(run_dir, tmp_path_factory):
+    """A random Gemma with a tokenizer, and more embeddings than pieces."""
+    folder = tmp_path_factory.mktemp("gemma") / "model"
+    kinds = ("sliding_attention", "full_attention")
+    config = GemmaConfig("gemma2", 448, 32, 48, 2, 4, 2, 16, max_position_embeddings=64, layer_types=kinds)
+    gemma.save(gemma.Gemma(gemma.Decoder(config, key=jax.random.key(0))), folder)
+    shutil.copy(run_dir / "tokenizer" / "tokenizer.model", folder)
+    return folder
+
+
+def written(capsys, *arguments):
+    """What `generate.py --json` prints."""
+    capsys.readouterr()
+    assert generate.main(["--prompt", "abc", "--max-new-tokens", "9", "--json", *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_an_export_gives_the_run_s_logits_to_the_last_bit(run_dir, exported):
+    tokens = np.random.default_rng(0).integers(4, 400, (2, 64), dtype=np.int32)
+    tokens = jnp.asarray(tokens)
+    forward = jax.jit(lambda model: model.head(model(tokens)[0]))
+    for cast in (True, False):
+        models = [vishwamai_eqx.load(folder, cast=cast).model for folder in (run_dir, exported)]
+        assert jax.tree.structure(models[0]) == jax.tree.structure(models[1])
+        np.testing.assert_array_equal(*map(forward, models))
+
+
+def test_an_export_says_what_it_is(run_dir, exported):
+    card = (exported / "README.md").read_text()
+    assert manifest.read(run_dir / "checkpoints" / "3")["fingerprint"] in card
+    assert "| steps | 3 of 8 rows of 64 tokens |" in card and "held-out bits per byte | " in card
+    assert "not measured" not in card
+    assert vishwamai_eqx.load(exported).tokenizer.fingerprint == vishwamai_eqx.load(run_dir).tokenizer.fingerprint
+
+
+def test_an_export_overwrites_nothing_and_has_one_state(run_dir, exported, capsys):
+    assert export.main([str(run_dir), str(exported)]) == 2
+    assert "must be empty or new" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"step=3: .* exported model, which has one state; leave it out"):
+        vishwamai_eqx.load(exported, step=3)
+
+
+def test_a_damaged_export_is_refused(exported, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        vishwamai_eqx.load(folder)
+
+
+def test_a_run_and_its_export_write_the_same(run_dir, exported, capsys):
+    first, second = (written(capsys, "--run-dir", folder) for folder in (run_dir, exported))
+    assert first["samples"] == second["samples"] and len(first["samples"][0]["tokens"]) == 9
+
+
+def test_gemma_writes(gemma_dir, capsys):
+    sampled = written(capsys, "--model", gemma_dir, "--num-samples", 2)
+    assert [len(sample["tokens"]) for sample in sampled["samples"]] == [9, 9]
+    assert sampled["samples"] == written(capsys, "--model", gemma_dir, "--num-samples", 2)["samples"]
+
+
+def test_a_tokenizer_of_more_pieces_than_embeddings_is_refused(gemma_dir, tmp_path, capsys):
+    folder = tmp_path / "model"
+    gemma.save(gemma.load("tests/parity/gemma/gemma"), folder)
+    shutil.copy(gemma_dir / "tokenizer.model", folder)
+    assert generate.main(["--model", str(folder), "--prompt", "abc"]) == 2
+    assert "400 pieces, but config.json says vocab_size=96; take both from the same model" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_tokenizer_is_refused(capsys):
+    assert generate.main(["--model", "tests/parity/gemma/gemma", "--prompt", "abc"]) == 2
+    assert "tokenizer.model" in capsys.readouterr().err
