@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +20,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Bytes of a file at most, when written.
 SHARD_BYTES = 4 * 1024**3
+# Rows that are transposed at a time: all at once, every number written is a line of the cache that is fetched anew.
+_TRANSPOSED_ROWS = 128
+_READERS = 4
 # Of a model that also sees: the text model's names come after one of these, and the others are not read.
 _PREFIXES = ("language_model.", "model.language_model.")
 _UNREAD = ("vision_tower", "multi_modal_projector", "embed_vision", "rotary_emb.inv_freq")
@@ -157,11 +161,18 @@ def _part(
     names = [origin.names[i] for i in ranges[0]] if origin.stacked else origin.names
     inner = tuple(slice(each.start, each.stop) for each in (ranges[1:] if origin.stacked else ranges))
     part = np.empty([len(each) for each in ranges], dtype)
-    for place, name in zip(part if origin.stacked else [part], names, strict=True):
-        if origin.transposed:
-            place[...] = weights.slice(name, inner[::-1]).T
-        else:
+
+    def fill(place: np.ndarray, name: str) -> None:
+        if not origin.transposed:
             place[...] = weights.slice(name, inner)
+            return
+        tensor = weights.slice(name, inner[::-1])
+        for start in range(0, len(tensor), _TRANSPOSED_ROWS):
+            rows = slice(start, start + _TRANSPOSED_ROWS)
+            place[:, rows] = tensor[rows].T
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        list(pool.map(fill, part if origin.stacked else [part], names))
     return part
 
 
