@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -94,23 +95,23 @@ def test_rings_of_rows_of_any_length_hold_what_full_passes_see():
         np.testing.assert_array_equal(likeliest[: len(row)], row)
 
 
+@pytest.mark.parametrize("sizes", [{"data": 2}, {"model": 2}, {"data": 2, "model": 4}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sharded_over_data_each_device_reads_its_slices(family):
-    sizes = {"data": 2}
+def test_on_a_mesh_each_device_reads_its_slices(family, sizes):
     devices = mesh.make_mesh(sizes)
     specs = mesh.place(loaded(family).decoder, sizes)
     shardings = jax.tree.map(lambda spec: NamedSharding(devices, spec), specs)
     model = gemma.load(FOLDERS / family, shardings=shardings)
-    assert any(leaf.addressable_shards[0].data.size * 2 == leaf.size for leaf in jax.tree.leaves(model))
+    pieces = {leaf.size // leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(model)}
+    assert max(pieces) == math.prod(sizes.values())
 
     def logits(decoder, tokens):
         hidden, _, _ = decoder(tokens, placement=specs)
-        head = mesh.gather(decoder.head_weight, specs.embedding, jnp.float32)
-        values, cap = head.logits(hidden), decoder.config.final_logit_softcapping
-        return values if cap is None else cap * jnp.tanh(values / cap)
+        return mesh.gather(decoder, specs, jnp.float32).head(hidden)
 
-    rows = PartitionSpec("data")
-    whole = jax.jit(jax.shard_map(logits, mesh=devices, in_specs=(specs, rows), out_specs=rows))
+    rows = PartitionSpec("data" if "data" in sizes else None)
+    out = PartitionSpec(*rows, None, "model" if "model" in sizes else None)
+    whole = jax.jit(jax.shard_map(logits, mesh=devices, in_specs=(specs, rows), out_specs=out))
     assert np.abs(whole(model.decoder, expected(family)["tokens"]) - expected(family)["logits"]).max() < LOGITS
 
 
