@@ -53,13 +53,12 @@ def declarations(tree: Any) -> Any:
         hint = next((option for option in get_args(hint) if hasattr(option, "dim_str")), hint)
         axes = tuple(hint.dim_str.split())
         stacked = ("layers",) * (len(leaf.shape) - len(axes))
-        axes, split = stacked + axes, metadata["split"]
-        if callable(split):
-            own: tuple[int, int] | None = split(owner)
-            split = own and (own[0] + len(stacked), own[1])
-        elif split:
-            split = axes.index(split), leaf.shape[axes.index(split)]
-        return Declaration(axes, metadata["decay"], metadata["cast"], split or None)
+        axes, divided, split = stacked + axes, metadata["split"], None
+        if isinstance(divided, str):
+            split = (axes.index(divided), leaf.shape[axes.index(divided)]) if divided else None
+        elif own := divided(owner):
+            split = own[0] + len(stacked), own[1]
+        return Declaration(axes, metadata["decay"], metadata["cast"], split)
 
     return jax.tree_util.tree_map_with_path(declared, tree)
 
