@@ -10,13 +10,15 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+import tyro
 
 import vishwamai_eqx  # isort: skip  (before jax, whose platform it chooses)
 
 import jax.numpy as jnp
 
-from vishwamai_eqx import command_line, decode, gemma
+from vishwamai_eqx import command_line, decode, evaluation, gemma
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
@@ -29,7 +31,7 @@ class Settings:
     """The run whose newest checkpoint writes, or an exported one."""
     model: Path | None = None
     """A Gemma folder of Hugging Face, which writes in the run's stead."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, tyro.conf.arg(constructor=str, help_behavior_hint="")] = None
     """What the text begins with; none: standard input."""
     max_new_tokens: int = 128
     """Tokens to write at most; a text may end before."""
@@ -94,23 +96,24 @@ def generate(settings: Settings, sampling: decode.Sampling, writer: Writer) -> N
     )
     began = time.perf_counter()
     # One sample is shown as it comes; several would be shuffled together, so each is shown when all are done.
+    visible = evaluation.printable if sys.stdout.isatty() else str
     streams = settings.num_samples == 1 and not settings.json
     if streams:
         print(prompt, end="", flush=True)
     for new in pieces:
         shown = [text.add(piece) for text, piece in zip(texts, new, strict=True)]
         if streams:
-            print(shown[0], end="", flush=True)
+            print(visible(shown[0]), end="", flush=True)
     endings = [text.add([], last=True) for text in texts]
     seconds, tokens = time.perf_counter() - began, sum(len(text.ids) for text in texts)
     if settings.json:
         samples = [{"text": text.shown, "tokens": text.ids} for text in texts]
         print(json.dumps({"prompt": prompt, "samples": samples, "tokens_per_second": tokens / seconds}))
     elif streams:
-        print(endings[0])
+        print(visible(endings[0]))
     else:
         for number, text in enumerate(texts, 1):
-            print(f"--- {number}\n{prompt}{text.shown}")
+            print(f"--- {number}\n{prompt}{visible(text.shown)}")
 
 
 def main(argv: list[str]) -> int:

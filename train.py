@@ -44,7 +44,7 @@ from vishwamai_eqx.checkpoint import Checkpoints
 from vishwamai_eqx.config import BATCH_AXES, Config, parse_mesh, problems, to_dict
 from vishwamai_eqx.data import Batch
 from vishwamai_eqx.feed import Feed, place
-from vishwamai_eqx.guard import Signals
+from vishwamai_eqx.guard import Refusals, Signals
 from vishwamai_eqx.logbook import Logbook
 from vishwamai_eqx.loss import cross_entropy
 from vishwamai_eqx.mesh import gather, index, make_mesh, on_mesh, size, sum_over
@@ -241,7 +241,7 @@ def set_up(config: Config) -> Setup:
     )
 
 
-def train(config: Config, console: Console, started: float) -> int:
+def train(config: Config, console: Console, started: float, signals: Signals) -> int:
     """Run to the last step, or to a signal; the exit code. `started` is when the program did, by `perf_counter`."""
     assert config.run_dir is not None
     dataset, mesh, dtype, specs, abstract, new_state, fed, compiling = set_up(config)
@@ -249,7 +249,7 @@ def train(config: Config, console: Console, started: float) -> int:
 
     evaluate, held_out = make_evaluate(mesh, specs.model), NamedSharding(mesh, ROWS)
     steps, microbatches = config.optim.steps, config.optim.microbatches
-    kind, processes = jax.devices()[0].device_kind, jax.process_count()
+    kind, signals.processes = jax.devices()[0].device_kind, jax.process_count()
     total, active = flops.parameters(config.model)
     console.print(
         f"{config.run_dir}: {total:,} parameters, {active:,} active, in {dtype} on {mesh.size} {kind}, "
@@ -260,7 +260,6 @@ def train(config: Config, console: Console, started: float) -> int:
     )
 
     with (
-        Signals(processes) as signals,
         Logbook(
             config.run_dir,
             configuration=to_dict(config),
@@ -279,6 +278,7 @@ def train(config: Config, console: Console, started: float) -> int:
         ) as checkpoints,
         Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=log.event) as watchdog,
         progress(console) as bar,
+        Refusals() as refusals,
     ):
 
         def look(step: int, model: VishwamAI, limit: int | None) -> evaluation.HeldOut:
@@ -315,6 +315,8 @@ def train(config: Config, console: Console, started: float) -> int:
         clock = Clock(started)
         current = checkpoints.restore(abstract) or new_state()
         first = int(current.step)
+        refusals.end()
+        signals.waits = True
         log.resume(first)
         log.span("start", clock.lap())
         step = compiling.result()
@@ -345,7 +347,9 @@ def train(config: Config, console: Console, started: float) -> int:
             if n % config.eval.every == 0 and n < steps:
                 look(n, current.model, config.eval.rows)
             if n % config.eval.sample_every == 0 and n < steps:
-                bar.console.print(write(n, current.model)[0], style="dim", markup=False, highlight=False)
+                bar.console.print(
+                    evaluation.printable(write(n, current.model)[0]), style="dim", markup=False, highlight=False
+                )
             if n % config.eval.every == 0 or n % config.eval.sample_every == 0:
                 log.span("eval", clock.lap(), step=n)
             stop = signals.stop(n)
@@ -375,7 +379,7 @@ def train(config: Config, console: Console, started: float) -> int:
     print(f"complete lines of {len(texts)} samples that tokenize accepts as Python: {lines:.1%}")
     print(f"gzip -9 bits per byte of the same text: {data.gzip_bits_per_byte(dataset.held_out_text()):.4f}")
     print(f"held-out bits per byte: {result.bits_per_byte:.4f}")
-    print(f"sample: {texts[0]}")
+    print(f"sample: {evaluation.printable(texts[0])}")
     return 0
 
 
@@ -479,7 +483,9 @@ def main(argv: list[str], started: float | None = None) -> int:
             return 0
         if config.replay is not None:
             return replay(config, config.replay)
-        return train(config, Console(stderr=True), started)
+        # Until there is a step to save, a signal ends the program at once.
+        with Signals(waits=False) as signals:
+            return train(config, Console(stderr=True), started, signals)
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2

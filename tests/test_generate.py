@@ -12,7 +12,7 @@ import generate
 import train
 import vishwamai_eqx
 from tests.histories import SETTINGS, text
-from vishwamai_eqx import export, gemma, manifest
+from vishwamai_eqx import command_line, export, gemma, manifest
 from vishwamai_eqx.gemma_config import GemmaConfig
 
 
@@ -105,3 +105,10 @@ def test_a_tokenizer_of_more_pieces_than_embeddings_is_refused(gemma_dir, tmp_pa
 def test_a_folder_without_a_tokenizer_is_refused(capsys):
     assert generate.main(["--model", "tests/parity/gemma/gemma", "--prompt", "abc"]) == 2
     assert "tokenizer.model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prompt"), [([], None), (["--prompt", "None"], "None"), (["--prompt=-1"], "-1"), (["--prompt="], "")]
+)
+def test_a_prompt_is_taken_by_the_letter(arguments, prompt):
+    assert command_line.parse_settings(generate.Settings, arguments, generate.Settings(), None).prompt == prompt

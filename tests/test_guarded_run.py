@@ -123,3 +123,14 @@ def test_a_step_that_comes_out_otherwise_is_said_so(tmp_path, corpus, poisoned, 
     assert [line.endswith("agrees bit for bit") for line in said[-2:]] == [True, True]
     assert run(tmp_path, corpus, "--steps", "6", "--replay", "9") == 2
     assert f"replay=9 must be a step that the logbook of {tmp_path} has; take 6." in capsys.readouterr().err
+
+
+def test_a_fault_in_mid_run_is_no_refusal(tmp_path, corpus, monkeypatch):
+    """It leaves with a traceback, and so with exit code 1."""
+
+    def fault(*_):
+        raise ValueError("not what a user did")
+
+    monkeypatch.setattr(train.Speed, "__call__", fault)
+    with pytest.raises(RuntimeError, match="the run failed: not what a user did"):
+        run(tmp_path, corpus)

@@ -169,7 +169,8 @@ class Checkpoints:
             if reason is None:
                 break
             if step is not None:
-                raise ValueError(f"step={step} must be a good checkpoint of {self.directory}: {reason}")
+                there = _those_of(self.directory)
+                raise ValueError(f"step={step} must be a good checkpoint of {self.directory}: {reason}; {there}")
             if self._primary:
                 aside = manifest.put_aside(folder)
                 message = f"{folder.name}/{reason}; it is now {aside.name} and the checkpoint before it is used"
@@ -311,13 +312,18 @@ def read(
                 _same_data(folder, about, fingerprint)
             return arrays.assemble(abstract, arrays.restore(orbax, folder, wanted))
         _logger.warning("checkpoint %s is passed over: %s", folder, reason)
-    raise ValueError(f"directory={str(directory)!r} must have a good checkpoint{'' if step is None else f' {step}'}")
+    which = "" if step is None else f" {step}; {_those_of(directory)}"
+    raise ValueError(f"directory={str(directory)!r} must have a good checkpoint{which}")
 
 
 def steps(directory: Path) -> list[int]:
     """The steps that a directory has checkpoints of, in no order, good or not."""
     names = os.listdir(directory) if directory.is_dir() else ()
     return [int(name) for name in names if name.isdecimal() and name == str(int(name))]
+
+
+def _those_of(directory: Path) -> str:
+    return "it has " + (", ".join(map(str, sorted(steps(directory)))) or "none")
 
 
 def _same_data(folder: Path, about: Mapping[str, Any], fingerprint: str) -> None:

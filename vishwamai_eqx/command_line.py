@@ -120,7 +120,7 @@ def _mistakes(argv: Sequence[str], known: dict[str, Any]) -> Iterator[str]:
             values.append(argv[at])
             at += 1
         if flag not in known:
-            guess = next(iter(difflib.get_close_matches(flag, known, 1, 0.5)), "--help for all of them")
+            guess = next(iter(difflib.get_close_matches(flag, known, 1, 0.7)), "--help for all of them")
             yield f"{argv[at - 1 - (0 if equals else len(values))]} is not a setting; take {guess}."
             continue
         hint = known[flag]

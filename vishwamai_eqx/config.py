@@ -25,6 +25,9 @@ heads, ffn and vocabulary."""
 BATCH_AXES = AXES[:3]
 """Those that divide the rows of a batch."""
 
+SMALLEST_VOCABULARY = 260
+"""A piece for each byte, so that any text can be written, and four special ones."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -318,6 +321,12 @@ def problems(config: Config, devices: int) -> list[str]:
         require(name, value, value == 0 or 1 < value < math.inf, "0 or above 1", field_default(name))
     if config.replay is not None:
         require("replay", config.replay, config.replay >= 1, "at least 1", 1)
+        require(
+            "replay", config.replay, not config.dry_run, "given without dry_run, which computes nothing", "one of them"
+        )
+    require("json", config.json, config.dry_run or not config.json, "given with dry_run, of which it is a form", "both")
+    least = SMALLEST_VOCABULARY if config.tokenizer is None else 1
+    require("model.vocab_size", model.vocab_size, not 1 <= model.vocab_size < least, f"at least {least}", least)
     if found:
         return found
 
@@ -397,6 +406,8 @@ def parse_mesh(spec: str, devices: int) -> dict[str, int]:
             raise ValueError(
                 f"mesh={spec!r}: {part!r} must be AXIS=SIZE with an axis of {', '.join(AXES)}; take data={devices}."
             )
+        if f",{spec}".count(f",{name}=") > 1:
+            raise ValueError(f"mesh={spec!r} must name each axis once and names {name} again; take {name}={size}.")
         sizes[name] = int(size)
     needed = math.prod(sizes.values())
     if needed > devices:

@@ -3,6 +3,7 @@
 import io
 import math
 import tokenize
+import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -54,6 +55,16 @@ def write(model: VishwamAI, tokenizer: VishwamAITokenizer, *, tokens: int, seed:
         seed=seed,
     )
     return [tokenizer.decode(row) for row in rows]
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may be given it: control characters, lines and tabs apart, as Python would write them.
+
+    A model that has learned little writes any byte, and some move the cursor or change the terminal's colours.
+    """
+    return "".join(
+        repr(char)[1:-1] if unicodedata.category(char) == "Cc" and char not in "\n\t" else char for char in text
+    )
 
 
 def python_lines(texts: list[str]) -> float:

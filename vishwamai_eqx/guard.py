@@ -1,4 +1,4 @@
-"""What asks a run to stop: signals, and the notice that a pod is about to be taken away."""
+"""What asks a run to stop, signals and the notice that a pod is about to be taken away; and whose fault an error is."""
 
 import os
 import signal
@@ -22,11 +22,14 @@ class Signals:
     **Arguments**
 
     - `processes`: how many run this training together; a signal to one of them stops them all, at the same step.
+    - `waits`: whether the first signal waits for the loop. While it does not, there is nothing to save, and the first
+      signal exits at once: what text was read or compiled until then is in caches that go on where a killed process
+      stopped. It may be set at any time.
     """
 
-    def __init__(self, processes: int = 1) -> None:
+    def __init__(self, processes: int = 1, *, waits: bool = True) -> None:
         self.received: signal.Signals | None = None
-        self.processes = processes
+        self.processes, self.waits = processes, waits
 
     @property
     def exit_code(self) -> int:
@@ -81,8 +84,38 @@ class Signals:
                 if number not in (signal.SIGTERM, signal.SIGINT):
                     continue
                 name = signal.Signals(number).name
-                if self.received is not None:
-                    print(f"{name} again: exiting at once, nothing more is saved", file=sys.stderr, flush=True)
+                if self.received is not None or not self.waits:
+                    how = (
+                        f"{name} again: exiting at once, nothing more is saved" if self.received else f"{name}: exiting"
+                    )
+                    # A progress bar has hidden the cursor, and nobody is left to show it again.
+                    print(("\x1b[?25h" if sys.stderr.isatty() else "") + how, file=sys.stderr, flush=True)
                     os._exit(128 + number)
                 self.received = signal.Signals(number)
                 print(f"{name}: saving, then exiting; once more exits at once", file=sys.stderr, flush=True)
+
+
+class Refusals:
+    """What a ValueError means: until `end` that something of the user's is refused, from then on that a run failed.
+
+    with Refusals() as refusals:
+        ...  # open, restore
+        refusals.end()
+        ...  # a ValueError leaves as a RuntimeError, which no one takes for a refusal
+    """
+
+    def __init__(self) -> None:
+        self._ended = False
+
+    def end(self) -> None:
+        """Say that all that can be refused has been looked at."""
+        self._ended = True
+
+    def __enter__(self) -> "Refusals":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._ended and isinstance(error, ValueError):
+            raise RuntimeError(f"the run failed: {error}") from error

@@ -24,7 +24,8 @@ def train(texts: Iterable[str | Path], vocab_size: int) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=_sentences(texts),
             model_writer=model,
-            vocab_size=vocab_size,
+            # Of fewer than the special pieces it says only which line of its own source refused them.
+            vocab_size=max(vocab_size, 4),
             model_type="bpe",
             byte_fallback=True,
             normalization_rule_name="identity",

@@ -263,8 +263,10 @@ def test_a_step_by_name_is_that_one_or_an_error(opened, tmp_path):
             checkpoints.save(step, state(step))
         checkpoints.wait()
         assert int(checkpoints.restore(abstract(state(0)), step=1).step) == 1
-        with pytest.raises(ValueError, match="step=5 must be a good checkpoint"):
+        with pytest.raises(ValueError, match=r"step=5 must be a good checkpoint .* is missing; it has 1, 2$"):
             checkpoints.restore(abstract(state(0)), step=5)
+        with pytest.raises(ValueError, match=r"must have a good checkpoint 77; it has 1, 2$"):
+            read(tmp_path / "checkpoints", abstract(state(0)), step=77)
         (tmp_path / "checkpoints" / "1" / "manifest.json").unlink()
         with pytest.raises(ValueError, match=r"manifest\.json is missing"):
             checkpoints.restore(abstract(state(0)), step=1)

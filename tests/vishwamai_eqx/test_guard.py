@@ -11,7 +11,7 @@ import pytest
 from jax.experimental import multihost_utils
 
 from vishwamai_eqx import guard
-from vishwamai_eqx.guard import Signals
+from vishwamai_eqx.guard import Refusals, Signals
 
 # The children import the file alone: the package brings jax, and seconds.
 ALONE = {**os.environ, "PYTHONPATH": os.path.dirname(guard.__file__)}
@@ -95,3 +95,19 @@ def test_a_notice_of_preemption_stops_all_processes_at_its_step(monkeypatch):
         assert signals.received is signal.SIGTERM and signals.exit_code == 143
     with Signals(1) as signals:
         assert not signals.stop(5)
+
+
+def test_while_there_is_nothing_to_save_the_first_signal_ends_it():
+    run = start(STUCK.replace("Signals()", "Signals(waits=False)"))
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=10)
+    assert (err, run.returncode) == ("SIGINT: exiting\n", 130)
+
+
+def test_from_the_first_step_on_a_value_error_is_no_refusal():
+    with pytest.raises(ValueError, match="other data"), Refusals():
+        raise ValueError("other data")
+    with pytest.raises(RuntimeError, match="the run failed: a shape") as failure, Refusals() as refusals:
+        refusals.end()
+        raise ValueError("a shape")
+    assert isinstance(failure.value.__cause__, ValueError)
