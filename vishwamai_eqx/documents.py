@@ -18,6 +18,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".py")
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 PARQUET_SUFFIXES = (".parquet",)
 SUFFIXES = TEXT_SUFFIXES + JSON_SUFFIXES + PARQUET_SUFFIXES
+# DuckDB holds a line of JSON as a whole, and no longer one than this.
+LINE_BYTES = 16 << 20
 # A file is read in blocks of at most this many bytes, so that memory does not grow with the longest document.
 BLOCK_BYTES = 1 << 20
 # Folders under the standard library that are installed packages, tests, or one table over and over.
@@ -110,7 +112,8 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
     # One thread: DuckDB then holds one part of the file at a time.
     with duckdb.connect(config={"threads": 1}) as connection:
         if is_json:
-            source = f"read_json(?, format='newline_delimited', records=true, columns={{{quoted}: 'VARCHAR'}})"
+            options = f"records=true, maximum_object_size={LINE_BYTES}, columns={{{quoted}: 'VARCHAR'}}"
+            source = f"read_json(?, format='newline_delimited', {options})"
         else:
             source = "read_parquet(?)"
         try:
@@ -151,6 +154,8 @@ def _bad_line(path: Path, text_column: str) -> str | None:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
+                if len(line) > LINE_BYTES:
+                    return f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB; divide its text among several"
                 try:
                     record = json.loads(line)
                     json.dumps(record, ensure_ascii=False).encode()

@@ -143,6 +143,11 @@ def a_json_line_that_is_a_list(folder):
 
 
 @refusal
+def a_json_line_that_is_too_long(folder):
+    written(folder, "lines.jsonl", '{"text": "a"}\n' + json.dumps({"text": "long " * (1 << 23)}) + "\n")
+
+
+@refusal
 def a_json_file_without_lines(folder):
     written(folder, "lines.jsonl", "\n\n")
 
