@@ -30,21 +30,23 @@ def pack(starts: Int64[np.ndarray, "documents"], ends: Int64[np.ndarray, "docume
     """
     predicted = ends - starts - 1
     whole = predicted // seq_len
-    # Whole rows: the k-th of a document starts k rows after it.
-    owner = np.repeat(np.arange(len(starts)), whole)
-    nth = np.arange(len(owner)) - np.repeat(np.cumsum(whole) - whole, whole)
-    full_start = starts[owner] + nth * seq_len
+    # Whole rows: the k-th of a document starts k rows after it. In place: there may be millions.
+    full_start = np.repeat(starts - (np.cumsum(whole) - whole) * seq_len, whole)
+    full_start += np.arange(0, len(full_start) * seq_len, seq_len)
 
     tail_length = predicted - whole * seq_len
     tail_start = (starts + whole * seq_len)[tail_length > 0]
     tail_length = tail_length[tail_length > 0]
-    row = len(full_start) + _best_fit(tail_length, seq_len)
+    row = _best_fit(tail_length, seq_len)
 
     order = np.argsort(row, kind="stable")
-    start = np.concatenate([full_start, tail_start[order]])
-    length = np.concatenate([np.full(len(full_start), seq_len, np.int64), tail_length[order]])
-    counts = np.bincount(np.concatenate([np.arange(len(full_start)), row[order]]))
-    return Rows(np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), start, length.astype(np.int32))
+    counts = np.bincount(row)
+    first = np.arange(len(full_start) + len(counts) + 1)
+    np.cumsum(counts, out=first[len(full_start) + 1 :])
+    first[len(full_start) + 1 :] += len(full_start)
+    length = np.full(len(full_start) + len(order), seq_len, np.int32)
+    length[len(full_start) :] = tail_length[order]
+    return Rows(first, np.concatenate([full_start, tail_start[order]]), length)
 
 
 def permute(rows: Rows, seed: int) -> Rows:
