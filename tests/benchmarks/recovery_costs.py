@@ -3,11 +3,13 @@
     python tests/benchmarks/recovery_costs.py [--parameters 8e6] [--readers 10]
 
 Prints one JSON object. The state is that many f32 parameters with AdamW's two moments; the step is a matrix product on
-all cores, timed in turns with and without the readers, because a machine's speed drifts.
+all cores, timed in turns with and without the readers, because a machine's speed drifts. Where it drifts by more than
+the readers cost, `readers_share` says what they can cost at most: their processor time, of that of all cores.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -25,8 +27,11 @@ from vishwamai_eqx.logbook import Logbook
 READER = """
 import duckdb, sys, time
 connection = duckdb.connect(sys.argv[1], read_only=True, config={"threads": 1})
+began, polls = time.process_time(), 0
 while True:
     connection.execute("SELECT step, loss FROM steps ORDER BY step DESC LIMIT 100").fetchall()
+    polls += 1
+    print((time.process_time() - began) / polls, flush=True)
     time.sleep(float(sys.argv[2]))
 """
 
@@ -46,6 +51,7 @@ def main() -> None:
     parser.add_argument("--readers", type=int, default=10)
     parser.add_argument("--poll-seconds", type=float, default=10.0)
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=100, help="of each half of a round")
     options = parser.parse_args()
     run_dir = Path(tempfile.mkdtemp())
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0.999, tree), donate_argnums=0)
@@ -84,17 +90,23 @@ def main() -> None:
             jax.block_until_ready(product(square))
             row()
 
-        alone, watched = [], []
+        ratios, polls = [], []
         for _ in range(options.rounds):
-            alone += timed(step, 40)
+            alone = timed(step, options.steps)
             command = [sys.executable, "-c", READER, run_dir / "metrics.duckdb", str(options.poll_seconds)]
-            readers = [subprocess.Popen(command) for _ in range(options.readers)]
+            readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(options.readers)]
             time.sleep(5)
-            watched += timed(step, 40)
+            watched = timed(step, options.steps)
+            # Means: what readers cost comes in bursts, which a median would leave out.
+            ratios.append(statistics.mean(watched) / statistics.mean(alone))
             for reader in readers:
                 reader.kill()
-                reader.wait()
-        found |= {"step_seconds": statistics.median(alone), "step_seconds_with_readers": statistics.median(watched)}
+                said, _ = reader.communicate()
+                polls.append(float(said.split()[-1]))
+        found |= {"step_seconds": statistics.median(alone), "step_ratio_with_readers": statistics.median(ratios)}
+        found["poll_seconds_of_cpu"] = statistics.median(polls)
+        cores = os.cpu_count() or 1
+        found["readers_share"] = options.readers * found["poll_seconds_of_cpu"] / options.poll_seconds / cores
     print(json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}))
 
 

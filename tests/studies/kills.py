@@ -262,7 +262,7 @@ def main() -> int:
     parser.add_argument("--history", type=int, help="this one alone")
     parser.add_argument("--minutes", type=float, default=30.0, help="no history begins later")
     parser.add_argument("--directory", type=Path, help="where the runs lie, and stay")
-    parser.add_argument("--output", type=Path, help="a file for the result, beside standard output")
+    parser.add_argument("--output", type=Path, help="a file to append the result to")
     options = parser.parse_args()
     began, folder = time.monotonic(), options.directory or Path(tempfile.mkdtemp(prefix="kills-"))
     (folder / "corpus").mkdir(parents=True)
@@ -292,7 +292,8 @@ def main() -> int:
     }
     print(json.dumps(result, indent=1))
     if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        known = json.loads(options.output.read_text()) if options.output.exists() else []
+        options.output.write_text(json.dumps([*known, result], indent=1) + "\n")
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
     if result["wrong"]:
         print(f"the runs are in {folder}", file=sys.stderr)
