@@ -27,7 +27,10 @@ REFUSED = [
     ("--json=3", "--json takes no value and got '3'; leave the value out."),
     ("--optim.learning-rate big", "optim.learning_rate='big' must be a number; take one such as 0.1."),
     ("--mesh data=9", "mesh='data=9' must be of at most the 8 devices there are and needs 9; take data=8."),
-    ("--mesh dada=2", "mesh='dada=2': 'dada=2' must be AXIS=SIZE with an axis of data; take data=8."),
+    (
+        "--mesh dada=2",
+        "mesh='dada=2': 'dada=2' must be AXIS=SIZE with an axis of replica, data, expert, model; take data=8.",
+    ),
     ("--model.num-kv-heads 3", "model.num_kv_heads=3 must be a divisor of num_heads=2; take "),
     ("--model.num-heads 7", "model.num_heads=7 must be such that hidden_size="),
     ("--model.experts-per-token 9", "model.experts_per_token=9 must be at most num_experts=8; take 8."),
@@ -36,7 +39,7 @@ REFUSED = [
     ("--optim.microbatches 3", "optim.microbatches=3 must be a divisor of batch_size=8; take "),
     (
         "--optim.batch-size 12",
-        "optim.batch_size=12 must be a multiple of microbatches=1 times the mesh's data=8; take ",
+        "optim.batch_size=12 must be a multiple of microbatches=1 times the mesh's replica * data * expert = 8; take ",
     ),
     ("--model.dropout-rate 1", "model.dropout_rate=1.0 must be at least 0 and below 1; take 0.0."),
     ("--model.rope-theta nan", "model.rope_theta=nan must be above 0 and finite; take 10000.0."),
