@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from vishwamai_eqx import data
+from vishwamai_eqx import data, feed
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.feed import Feed, place
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
@@ -50,6 +50,23 @@ def test_devices_and_microbatches_see_the_same_batches(dataset, devices, microba
             assert mine.sharding == sharding(devices)
             np.testing.assert_array_equal(np.asarray(mine), theirs.reshape(microbatches, -1, 16))
         assert data.batch_hash(placed) == data.batch_hash(host)
+
+
+def test_batches_come_by_pinned_memory_where_there_is_some(dataset, monkeypatch):
+    """CPU devices name such memory too, so the way through it can be gone here."""
+    made, original = [], jax.make_array_from_callback
+
+    def make(shape, sharding, callback):
+        made.append(sharding.memory_kind)
+        return original(shape, sharding, callback)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", make)
+    monkeypatch.setattr(feed, "_has_pinned_host", lambda device: True)
+    placed = place(dataset, 3, sharding(4), 2)
+    assert made == ["pinned_host"] * 4
+    assert all(field.sharding.is_equivalent_to(sharding(4), 3) for field in placed)
+    assert {field.sharding.memory_kind for field in placed} == {jax.devices()[0].default_memory().kind}
+    assert data.batch_hash(placed) == data.batch_hash(dataset.batch(3))
 
 
 def test_a_process_reads_only_the_rows_of_its_devices(dataset, monkeypatch):
