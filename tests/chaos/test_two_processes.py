@@ -89,8 +89,8 @@ def test_each_does_its_part(tmp_path):
     assert first[0] == second[0] == "restored 0"
     assert [line.split()[:2] for line in first[1:]] == [["checkpoint", "2"], ["checkpoint", "4"]]
     assert {path.name for path in directory.iterdir()} == {"2", "4", ".lock"}
-    parts = [name for name in manifest.read(directory / "4")["files"] if "process_1" in name]
-    assert len(parts) > 3
+    # Into how many files a process puts its part depends on how long its writes took.
+    assert any("process_1" in name for name in manifest.read(directory / "4")["files"])
 
     # A file at an even place of the list is checked by process 0, one at an odd place by process 1.
     names = manifest.files(directory / "4")
