@@ -476,7 +476,7 @@ def main(argv: list[str], started: float | None = None) -> int:
     started = time.perf_counter() if started is None else started
     try:
         config = command_line.parse(argv, __doc__)
-        if found := problems(config, jax.device_count()):
+        if found := problems(config, jax.device_count(), jax.default_backend()):
             raise ValueError("\n".join(found))
         if config.dry_run:
             dry_run(config)

@@ -7,13 +7,18 @@ No TPU is needed: `libtpu` compiles for all of them on any x86-64 Linux machine.
 
 What the figures are:
 
-- cycles a step: issue cycles of the body of the kernel's busiest loop, without branches that are taken rarely
-- kernel cycles: those times the number of steps
+- cycles a step: issue cycles of the body of the kernel's busiest loop, without branches that are taken rarely; of
+  several forms of a step the first that is taken
+- kernel cycles: those of each form times the number of its steps
 - useful: multiplications that the operation needs, over what the MXUs could do in the kernel's cycles, in one pass of
   16 bits each (so f32 at several passes a product has a share of one over the passes at most)
 - MXU: the share of a step's cycles that the MXUs are busy, with padding and masked blocks
 - a tile: kernel cycles over the unmasked 128x128 blocks of scores (attention)
-- bytes: what the compiler counts that the program reads and writes
+- visited: cycles of a step over the 128x128 blocks of scores that it computes, masked or not
+- MB: what the compiler counts that the program reads and writes; that of a backward pass includes the forward's
+
+Attention is causal and saves its statistics. With segments every block is taken to be cut by one, as in JAX's kernels,
+which compare the segments of every block.
 
 What they leave out: a schedule knows no waiting. Copies between HBM and vector memory, the first and last step's most
 of all, semaphores, branch history and the clock are not in it; hold the cycles beside the bytes over the bandwidth.
@@ -23,7 +28,6 @@ import argparse
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -114,41 +118,69 @@ def _of_generation(generation, options) -> Iterator[dict[str, Any]]:
 
 def _child(request: dict[str, Any]) -> int:
     generation, folder = GENERATIONS[request["generation"]], Path(request["folder"])
-    chosen = [
-        it
-        for it in cases(request["shape"], jnp.dtype(request["dtype"]))
-        if it.operation.startswith(request["operations"])
-    ]
+    every = cases(request["shape"], jnp.dtype(request["dtype"]), generation)
+    chosen = [it for it in every if it.operation.startswith(request["operations"])]
+    programs = _Programs(generation, folder)
     for case in chosen[request["skip"] :]:
         head = {"generation": generation.name, "operation": case.operation}
         head |= {"implementation": case.implementation, "blocks": case.blocks}
         print(json.dumps(head), flush=True)
-        print(json.dumps(head | _measure(case, generation, folder)), flush=True)
+        print(json.dumps(head | _measure(case, generation, programs)), flush=True)
     return 0
 
 
-def _measure(case: Case, generation: Generation, folder: Path) -> dict[str, Any]:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+class _Programs:
+    """Compiled programs with the schedules of their kernels; cases that share a function share its compilation."""
+
+    def __init__(self, generation: Generation, folder: Path):
+        self._generation, self._folder = generation, folder
+        self._known: dict[Any, tuple[float | None, dict[str, Path]]] = {}
+
+    def of(self, case: Case) -> tuple[float | None, dict[str, Path]]:
+        """The bytes that the program moves, and its kernels' schedules by name."""
+        if case.fn not in self._known:
+            compiled = topology.lower_for(self._generation.name, case.fn, *case.avals).compile()
+            kept = self._folder / str(len(self._known))
+            kept.mkdir()
+            kernels = {name: path.rename(kept / path.name) for name, path in schedule.kernels_in(self._folder).items()}
+            # The other hundreds of files are every pass of the compiler.
+            for path in self._folder.glob("*.*"):
+                path.unlink()
+            self._known[case.fn] = (compiled.cost_analysis() or {}).get("bytes accessed"), kernels
+        return self._known[case.fn]
+
+
+def _measure(case: Case, generation: Generation, programs: _Programs) -> dict[str, Any]:
     try:
-        compiled = topology.lower_for(generation.name, case.fn, *case.avals).compile()
+        moved, found = programs.of(case)
     except Exception as error:  # whatever the compiler says of a program is the result
         return {"compiled": False, "error": _sentence(error)}
-    names = {name: path for name, path in schedule.kernels_in(folder).items() if (case.kernel or "") in name}
-    if not names:
-        return {"compiled": True, "error": "no schedule of the kernel was written"}
-    read = [schedule.read(path, generation) for path in names.values()]
-    best = max(read, key=lambda it: (it.matmul_cycles, it.cycles))
-    steps = case.steps or (case.useful_macs / best.macs if best.macs else None)
+    usual, total = [], 0.0
+    for kernel in case.kernels or ("",):
+        paths = [path for name, path in found.items() if kernel in name]
+        if not paths:
+            return {"compiled": True, "error": f"no schedule of a kernel {kernel!r} was written"}
+        path = max(paths, key=lambda path: _weight(schedule.read(path, generation)))
+        forms = schedule.branches(path, generation) if len(case.visits) > 1 else [schedule.read(path, generation)]
+        visits = case.visits or (case.useful_macs / max(forms[0].macs, 1),)
+        if len(forms) != len(visits):
+            return {"compiled": True, "error": f"{len(forms)} forms of a step in the schedule, {len(visits)} expected"}
+        total += sum(count * form.cycles for count, form in zip(visits, forms, strict=True))
+        usual.append(next((form for count, form in zip(visits, forms, strict=True) if count), forms[0]))
     peak = generation.mxus * generation.mxu_size**2 * generation.rows_per_cycle
-    cost = compiled.cost_analysis() or {}
-    row = {"compiled": True, "schedule": best.as_dict(), "steps": steps, "bytes": cost.get("bytes accessed")}
-    if steps and case.useful_macs:
-        total = steps * best.cycles
-        row |= {"kernel_cycles": total, "useful_share": case.useful_macs / peak / total}
-        if case.unmasked_tiles:
-            row["cycles_per_unmasked_tile"] = total / case.unmasked_tiles
+    row = {"compiled": True, "schedule": max(usual, key=_weight).as_dict(), "visits": case.visits, "bytes": moved}
+    if total:
+        row["kernel_cycles"] = total
+    if total and case.useful_macs:
+        row["useful_share"] = case.useful_macs / peak / total
+    if total and case.unmasked_tiles:
+        row["cycles_per_unmasked_tile"] = total / case.unmasked_tiles
+        row["cycles_per_visited_tile"] = sum(form.cycles for form in usual) / case.step_tiles
     return row
+
+
+def _weight(step: schedule.Schedule) -> tuple[float, int]:
+    return step.matmul_cycles, step.cycles
 
 
 def _sentence(error: Exception) -> str:
@@ -164,13 +196,13 @@ def _best(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 _HEADER = (
-    f"{'operation':24} {'implementation':15} {'blocks':14} {'cycles a step':>13} {'kernel cycles':>13} {'useful':>6} "
-    f"{'MXU':>5} {'a tile':>6} {'spills':>6} {'MB':>6}"
+    f"{'operation':28} {'implementation':15} {'blocks':14} {'cycles a step':>13} {'kernel cycles':>13} {'useful':>6} "
+    f"{'MXU':>5} {'a tile':>7} {'visited':>7} {'spills':>6} {'MB':>6}"
 )
 
 
 def _line(row: dict[str, Any]) -> str:
-    start = f"{row['operation']:24} {row['implementation']:15} {row['blocks']:14} "
+    start = f"{row['operation']:28} {row['implementation']:15} {row['blocks']:14} "
     if "schedule" not in row:
         return start + ("compiled; " if row["compiled"] else "refused: ") + row["error"]
     it = row["schedule"]
@@ -184,7 +216,8 @@ def _line(row: dict[str, Any]) -> str:
             f"{show(row.get('kernel_cycles'), '.0f'):>13}",
             f"{show(row.get('useful_share'), '.3f'):>6}",
             f"{it['mxu_occupancy']:5.3f}",
-            f"{show(row.get('cycles_per_unmasked_tile'), '.1f'):>6}",
+            f"{show(row.get('cycles_per_unmasked_tile'), '.1f'):>7}",
+            f"{show(row.get('cycles_per_visited_tile'), '.1f'):>7}",
             f"{it['spills']:6d}",
             f"{show(row['bytes'] and row['bytes'] / 1e6, '.1f'):>6}",
         )

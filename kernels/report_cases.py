@@ -7,11 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 from jax.experimental.pallas.ops.tpu import splash_attention as jax_splash
 
 import kernels
+from kernels.flash_attention.pallas_blocks import default_blocks
+from kernels.flash_attention.pallas_tables import DIAGONAL, FULL, MASKED, schedule
+from kernels.flash_attention.problem import Operands, Settings
+from kernels.moe_dispatch.pallas_tpu import STEP
+from kernels.moe_dispatch.plan import default_alignment, padded_rows
+from kernels.tpu import Generation
 
 # The package has a function of the module's name in the module's place.
 megablox = importlib.import_module("jax.experimental.pallas.ops.tpu.megablox.gmm")
@@ -33,25 +40,31 @@ class Case:
     blocks: str
     fn: Callable[..., Any]
     avals: tuple[Any, ...]
-    kernel: str | None = None
+    kernels: tuple[str, ...] = ()
+    """What the kernels' names contain, whose cycles are added; none: the one that multiplies most."""
     useful_macs: int = 0
     """Multiplications that the operation needs, without padding and masked blocks."""
-    steps: float | None = None
-    """How often the kernel's step runs, where its multiplications do not say it."""
+    visits: tuple[float, ...] = ()
+    """How often each form of a kernel's step runs, in the program's order, where its multiplications do not say it."""
     unmasked_tiles: int = 0
     """128x128 blocks of scores that are needed, for attention."""
+    step_tiles: int = 1
+    """Those that a step computes."""
 
 
-def cases(shape: Mapping[str, int], dtype: Any) -> list[Case]:
-    """Every case, in the order of the report: an operation's implementations together, and the blocks of each."""
-    every = [*_grouped(shape, dtype), *_dispatch(shape, dtype), *_attention(shape, dtype)]
+def cases(shape: Mapping[str, int], dtype: Any, generation: Generation) -> list[Case]:
+    """Every case, in the order of the report: an operation's implementations together, and the blocks of each.
+
+    Where a generation has no bf16 product, JAX's Pallas kernels are given f32 numbers.
+    """
+    every = [*_grouped(shape, dtype, generation), *_dispatch(shape, dtype), *_attention(shape, dtype, generation)]
     order = {key: index for index, key in enumerate(dict.fromkeys(case.operation for case in every))}
     return sorted(
         every, key=lambda case: (order[case.operation], case.implementation != "pallas_tpu", case.implementation)
     )
 
 
-def _grouped(shape, dtype):
+def _grouped(shape, dtype, generation):
     rows, k, n, groups = (shape[name] for name in ("rows", "k", "n", "groups"))
     aval = jax.ShapeDtypeStruct
     lhs, rhs, g = aval((rows, k), dtype), aval((groups, k, n), dtype), aval((rows, n), dtype)
@@ -71,8 +84,12 @@ def _grouped(shape, dtype):
     for implementation, product in (("pallas_tpu", ours), ("lax.ragged_dot", lax.ragged_dot)):
         for operation, fn, avals in forms(product):
             avals = avals or (lhs, rhs, sizes, g)
-            name = "grouped_matmul" if implementation == "pallas_tpu" else None
-            yield Case(operation, implementation, "", fn, avals, name, **common)
+            names = ("grouped_matmul",) if implementation == "pallas_tpu" else ()
+            yield Case(operation, implementation, "", fn, avals, names, **common)
+
+    if not generation.bf16_dot:
+        dtype = jnp.dtype(jnp.float32)
+        lhs, rhs, g = (aval(x.shape, dtype) for x in (lhs, rhs, g))
 
     for rows_block, k_block, n_block in ((512, 768, 1024), (512, 1024, 1024), (256, 768, 1536), (128, 128, 128)):
         tiling = min(rows_block, rows), min(k_block, k), min(n_block, n)
@@ -92,7 +109,7 @@ def _grouped(shape, dtype):
             ("grouped_matmul d_lhs", gmm_transposed, (g, rhs, sizes), swapped),
             ("grouped_matmul d_rhs", tgmm, (lhs, g, sizes), tiling),
         ):
-            yield Case(operation, "megablox", "/".join(map(str, blocks)), fn, avals, **common)
+            yield Case(operation, _label("megablox", dtype), "/".join(map(str, blocks)), fn, avals, **common)
 
 
 def _pull(fn, primal, cotangent):
@@ -104,6 +121,7 @@ def _dispatch(shape, dtype):
     aval = jax.ShapeDtypeStruct
     x, index = aval((tokens, width), dtype), aval((tokens, choices), jnp.int32)
     weights = aval((tokens, choices), jnp.float32)
+    rows = padded_rows(tokens * choices, experts, default_alignment(tokens * choices, experts))
 
     def there(x, index):
         return kernels.moe_dispatch(x, index, experts, implementation="pallas_tpu")
@@ -112,42 +130,134 @@ def _dispatch(shape, dtype):
         rows, plan = there(x, index)
         return kernels.moe_combine(rows, plan, weights, implementation="pallas_tpu")
 
-    yield Case("moe_dispatch", "pallas_tpu", "", lambda *a: there(*a)[0], (x, index), "moe_dispatch_rows")
-    yield Case("moe_combine", "pallas_tpu", "", back, (x, index, weights), "moe_dispatch_sum")
+    for operation, fn, avals, kernel, steps in (
+        ("moe_dispatch", lambda *a: there(*a)[0], (x, index), "moe_dispatch_rows", rows / STEP),
+        ("moe_combine", back, (x, index, weights), "moe_dispatch_sum", tokens / STEP),
+    ):
+        yield Case(operation, "pallas_tpu", "", fn, avals, (kernel,), visits=(steps,))
 
 
-def _attention(shape, dtype):
+def _attention(shape, dtype, generation):
+    theirs = dtype if generation.bf16_dot else jnp.dtype(jnp.float32)
+    yield from _our_attention(shape, dtype, generation)
+    yield from _splash(shape, theirs)
+    yield from _jax_flash(shape, theirs)
+
+
+def _needed(shape, products):
+    """What every implementation is measured by: the blocks of scores on and below the diagonal."""
+    tiles = shape["seq"] // _TILE * (shape["seq"] // _TILE + 1) // 2 * shape["heads"]
+    return {"useful_macs": tiles * products * _TILE**2 * shape["head_dim"], "unmasked_tiles": tiles}
+
+
+def _our_attention(shape, dtype, generation):
     seq, heads, kv_heads, head_dim = (shape[name] for name in ("seq", "heads", "kv_heads", "head_dim"))
     aval = jax.ShapeDtypeStruct
+    q, k = aval((1, seq, heads, head_dim), dtype), aval((1, seq, kv_heads, head_dim), dtype)
+    segments = aval((1, seq), jnp.int32)
+    sizes = default_blocks(generation, head_dim, dtype).fitted(seq, seq, None)
+
+    def attention(segmented, rate):
+        def forward(q, k, v, segments):
+            return kernels.flash_attention(
+                q, k, v, segment_ids=segments if segmented else None, return_lse=True, implementation="pallas_tpu",
+                dropout_rate=rate, dropout_key=jax.random.key(0) if rate else None,
+            )  # fmt: skip
+
+        return _with_gradient(forward)
+
+    for title, segmented, rate in ((", no segments", False, 0.0), ("", True, 0.0), (", dropout", True, 0.1)):
+        fn = attention(segmented, rate)
+        for name, kernel, products, q_block, kv_block in (
+            ("forward", "flash_attention_fwd", 2, sizes.q, sizes.kv),
+            ("backward", "flash_attention_bwd", 5, sizes.q_backward, sizes.kv_backward),
+        ):
+            yield Case(
+                f"flash_attention {name}{title}", "pallas_tpu", f"{q_block}/{kv_block}", fn, (q, k, k, segments),
+                (kernel,), visits=_visits(seq, (q_block, kv_block), heads, segmented),
+                step_tiles=q_block * kv_block // _TILE**2, **_needed(shape, products),
+            )  # fmt: skip
+
+
+def _visits(seq, blocks, heads, segmented):
+    """How often each form of a block runs: everything seen, some masked, a square on the diagonal."""
+    nothing = Operands(None, None, None, None, None, None, None, (jnp.int32(0), jnp.int32(0)))
+    table = schedule((seq, seq), blocks, nothing, Settings(1.0, True, None, None, 0.0, 128, None), (0, seq))
+    words = np.asarray(table.words)
+    full, masked, diagonal = (heads * int(np.sum(words & kind != 0)) for kind in (FULL, MASKED, DIAGONAL))
+    if segmented:
+        full, masked, forms = 0, full + masked, {FULL, MASKED, *table.kinds}
+    else:
+        forms = set(table.kinds)
+    return tuple(
+        float(count) for kind, count in ((FULL, full), (MASKED, masked), (DIAGONAL, diagonal)) if kind in forms
+    )
+
+
+def _splash(shape, dtype):
+    """Splash attention for one device; its backward pass is the fused one, the faster of its two."""
+    seq, heads, kv_heads, head_dim = (shape[name] for name in ("seq", "heads", "kv_heads", "head_dim"))
+    aval = jax.ShapeDtypeStruct
+    q, k = aval((heads, seq, head_dim), dtype), aval((kv_heads, seq, head_dim), dtype)
     segments = aval((seq,), jnp.int32)
-    tiles = seq // _TILE * (seq // _TILE + 1) // 2 * heads
-    common = {"useful_macs": tiles * 2 * _TILE**2 * head_dim, "unmasked_tiles": tiles}
+
+    def attention(block, compute):
+        sizes = jax_splash.BlockSizes(
+            block_q=block, block_kv=block, block_kv_compute=compute, block_q_dkv=block, block_kv_dkv=block,
+            block_kv_dkv_compute=compute, use_fused_bwd_kernel=True,
+        )  # fmt: skip
+        mask = jax_splash.MultiHeadMask([jax_splash.CausalMask((seq, seq))] * heads)
+
+        def forward(q, k, v, segments):
+            attend = jax_splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+            return attend(q * head_dim**-0.5, k, v, segment_ids=jax_splash.SegmentIds(segments, segments))
+
+        return _with_gradient(forward)
 
     for block in (512, 1024):
+        block, compute = min(block, seq), min(512, seq)
+        steps = float(_blocks_seen(seq, block) * heads)
+        fn = attention(block, compute)
+        for name, kernel, products in (("forward", "fwd", 2), ("backward", "dkv", 5)):
+            yield Case(
+                f"flash_attention {name}", _label("jax splash", dtype), f"{block}/{block}/{compute}", fn,
+                (q, k, k, segments), (f"splash_mha_{kernel}",), visits=(steps,),
+                step_tiles=(block // _TILE) ** 2, **_needed(shape, products),
+            )  # fmt: skip
+
+
+def _jax_flash(shape, dtype):
+    """JAX's older kernel, which has no grouped queries: keys and values as many as queries."""
+    seq, heads, head_dim = (shape[name] for name in ("seq", "heads", "head_dim"))
+    aval = jax.ShapeDtypeStruct
+    q, segments = aval((1, heads, seq, head_dim), dtype), aval((seq,), jnp.int32)
+    for block in (512, 1024):
         block = min(block, seq)
-        visited = seq // block * (seq // block + 1) // 2 * heads
 
         def flash(q, k, v, segments, block=block):
             sizes = jax_flash.BlockSizes(block_q=block, block_k_major=block, block_k=block, block_b=1)
             ids = jax_flash.SegmentIds(segments[None], segments[None])
             return jax_flash.flash_attention(q, k, v, segment_ids=ids, causal=True, block_sizes=sizes)
 
-        # It has no grouped queries: keys and values as many as queries.
-        q = aval((1, heads, seq, head_dim), dtype)
         yield Case(
-            "flash_attention forward", "jax flash", f"{block}/{block}", flash, (q, q, q, segments), None, steps=visited,
-            **common,
+            "flash_attention forward", _label("jax flash", dtype), f"{block}/{block}", flash, (q, q, q, segments),
+            visits=(float(_blocks_seen(seq, block) * heads),), step_tiles=(block // _TILE) ** 2, **_needed(shape, 2),
         )  # fmt: skip
 
-        def splash(q, k, v, segments, block=block):
-            compute = min(512, block)
-            sizes = jax_splash.BlockSizes(block_q=block, block_kv=block, block_kv_compute=compute)
-            mask = jax_splash.MultiHeadMask([jax_splash.CausalMask((seq, seq))] * heads)
-            attend = jax_splash.make_splash_mha_single_device(mask, block_sizes=sizes)
-            return attend(q, k, v, segment_ids=jax_splash.SegmentIds(segments, segments))
 
-        q, k = aval((heads, seq, head_dim), dtype), aval((kv_heads, seq, head_dim), dtype)
-        yield Case(
-            "flash_attention forward", "jax splash", f"{block}/{block}/{min(512, block)}", splash, (q, k, k, segments),
-            None, steps=visited, **common,
-        )  # fmt: skip
+def _with_gradient(forward):
+    """The gradient of the squared result, so that nothing of either pass can be left out."""
+
+    def loss(q, k, v, segments):
+        leaves = jax.tree.leaves(forward(q, k, v, segments))
+        return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves)
+
+    return jax.grad(loss, argnums=(0, 1, 2))
+
+
+def _blocks_seen(seq, block):
+    return seq // block * (seq // block + 1) // 2
+
+
+def _label(name, dtype):
+    return name if dtype == jnp.bfloat16 else f"{name} f32"

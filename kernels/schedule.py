@@ -23,7 +23,9 @@ _DELAY = {"v2": 3, "v3": 3, "v4": 4, "v5e": 4, "v5p": 4, "v6e": 6, "7x": 6}
 
 def dump_flags(folder: Path) -> str:
     """What LIBTPU_INIT_ARGS must hold when libtpu is loaded, for it to write schedules to a folder."""
-    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_hlo_text=true"
+    # Of the compiler's dozens of passes the one after register allocation: all of them take longer than to compile.
+    only = "--xla_jf_dump_llo_pass_label_regex=.*packed-bundles-post-ra.*"
+    return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true {only}"
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Schedule:
     """One kernel's loop with most matrix work, and the step that it repeats.
 
     A step leaves out what a branch skips and what multiplies nothing (the beginning and the end of an accumulation),
-    and of branches with the same matrix work, of which one is taken, all but the shortest.
+    and of branches with the same matrix work, of which one is taken, all but the shortest. Of a kernel that multiplies
+    nothing it leaves out nothing.
     """
 
     kernel: str
@@ -82,6 +85,33 @@ def read(path: Path, generation: Generation) -> Schedule:
 
     **Raises** ValueError where nothing in the file is a cycle of the schedule.
     """
+    cycles, loop, skips = _busiest_loop_of(path, generation)
+    busy = _leaves(skips, cycles)
+    # Branches side by side with the same work: one of them is taken. Those with less work are taken as well.
+    alternatives = [skip for skip in busy if _macs(skip, cycles) == max(_macs(it, cycles) for it in busy)]
+    taken = min(alternatives, key=len, default=None)
+    left_out = [skip for skip in alternatives if skip is not taken]
+    return _step(path, generation, cycles, loop, _idle(skips, loop, cycles) + left_out)
+
+
+def branches(path: Path, generation: Generation) -> list[Schedule]:
+    """A schedule for each branch with matrix work, as if no step took another, in the program's order.
+
+    For kernels that say themselves which of several forms of a step each one is. Without branches, the whole loop's.
+
+    **Raises** ValueError where nothing in the file is a cycle of the schedule.
+    """
+    cycles, loop, skips = _busiest_loop_of(path, generation)
+    busy = _leaves(skips, cycles)
+    idle = _idle(skips, loop, cycles)
+    return [
+        _step(path, generation, cycles, loop, idle + [skip for skip in busy if skip is not taken])
+        for taken in busy or [loop]
+    ]
+
+
+def _busiest_loop_of(path, generation):
+    """All cycles of a kernel, its busiest loop, and what branches in it skip."""
     cycles = [_cycle(match, generation) for match in map(_LINE.match, path.read_text().splitlines()) if match]
     if not cycles:
         raise ValueError(f"schedule: path={path} has no line of a schedule; dump with the flags of dump_flags()")
@@ -97,7 +127,10 @@ def read(path: Path, generation: Generation) -> Schedule:
         elif target > after:
             skips.append(range(after, target))
     loop = _busiest_loop(loops, cycles) if loops else range(len(cycles))
-    left_out = _left_out([skip for skip in skips if _within(skip, loop)], cycles)
+    return cycles, loop, [skip for skip in skips if _within(skip, loop)]
+
+
+def _step(path, generation, cycles, loop, left_out):
     step = [cycles[index] for index in loop if not any(index in skip for skip in left_out)]
     return Schedule(
         kernel=path.name,
@@ -144,17 +177,19 @@ def _busiest_loop(loops: Sequence[range], cycles: Sequence[_Cycle]) -> range:
     return best if work(best)[0] else max(loops, key=work)
 
 
-def _left_out(skips: Sequence[range], cycles: Sequence[_Cycle]) -> list[range]:
-    def macs(span):
-        return sum(cycles[index].macs for index in span)
+def _macs(span: range, cycles: Sequence[_Cycle]) -> int:
+    return sum(cycles[index].macs for index in span)
 
-    idle = [skip for skip in skips if not macs(skip)]
-    busy = [skip for skip in skips if macs(skip)]
-    # Branches side by side with the same work: one of them is taken. Those that hold several of them are no branches.
-    leaves = [skip for skip in busy if not any(other != skip and _within(other, skip) for other in busy)]
-    alternatives = [skip for skip in leaves if macs(skip) == max(map(macs, leaves))]
-    taken = min(alternatives, key=len, default=None)
-    return idle + [skip for skip in alternatives if skip is not taken]
+
+def _idle(skips: Sequence[range], loop: range, cycles: Sequence[_Cycle]) -> list[range]:
+    """What is skipped and multiplies nothing, unless the whole loop does not: then it is the work."""
+    return [skip for skip in skips if not _macs(skip, cycles)] if _macs(loop, cycles) else []
+
+
+def _leaves(skips: Sequence[range], cycles: Sequence[_Cycle]) -> list[range]:
+    """Branches with matrix work that hold no other such branch."""
+    busy = [skip for skip in skips if _macs(skip, cycles)]
+    return [skip for skip in busy if not any(other != skip and _within(other, skip) for other in busy)]
 
 
 def _within(inner: range, outer: range) -> bool:

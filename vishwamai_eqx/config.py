@@ -18,6 +18,7 @@ AttentionPattern = Literal["full", "window", "blocks"]
 Remat = Literal["none", "dots", "full"]
 Schedule = Literal["cosine", "wsd"]
 Precision = Literal["auto", "f32", "bf16"]
+Implementation = Literal["auto", "reference", "xla", "pallas_tpu"]
 AXES = ("replica", "data", "expert", "model")
 """Of the mesh, from the slowest wires to the fastest. `replica` divides the batch only, `data` the parameters and the
 optimiser state with it; `expert` is as good as `data`, and besides has the experts divided among it; `model` divides
@@ -58,8 +59,10 @@ class ModelConfig:
     """Tokens that a query sees, itself included, when attention_pattern is window."""
     attention_block: int = 128
     """Tokens of a block when attention_pattern is blocks."""
-    attention: Annotated[Literal["auto", "reference", "xla"], tyro.conf.arg(aliases=["--attention"])] = "auto"
+    attention: Annotated[Implementation, tyro.conf.arg(aliases=["--attention"])] = "auto"
     """Implementation of flash attention; auto takes what is fastest on the backend."""
+    experts: Annotated[Implementation, tyro.conf.arg(aliases=["--experts"])] = "auto"
+    """Implementation of the experts' dispatch and grouped products; auto takes what is fastest on the backend."""
     rope_theta: float = 10_000.0
     """Base of the rotary positions' wavelengths."""
     tie_embeddings: bool = True
@@ -272,8 +275,11 @@ def from_dict(values: Any) -> Config:
     return made(Config, values)
 
 
-def problems(config: Config, devices: int) -> list[str]:
-    """A sentence for each setting that is impossible on so many devices: name, value, constraint, nearest choice."""
+def problems(config: Config, devices: int, platform: str | None = None) -> list[str]:
+    """A sentence for each setting that is impossible on so many devices: name, value, constraint, nearest choice.
+
+    `platform` is that of the devices, such as "tpu"; None refuses nothing for it.
+    """
     found = []
 
     def require(name: str, value: Any, holds: bool, constraint: str, fix: Any) -> None:
@@ -315,6 +321,10 @@ def problems(config: Config, devices: int) -> list[str]:
     if data.weights:
         holds = len(data.weights) == len(data.files) and all(0 < weight < math.inf for weight in data.weights)
         require("data.weights", data.weights, holds, f"a number above 0 for each of {len(data.files)} globs", "none")
+    for name in ("attention", "experts"):
+        value = getattr(model, name)
+        holds = value != "pallas_tpu" or platform in (None, "tpu")
+        require(f"model.{name}", value, holds, f"an implementation that runs on {platform}", "auto")
     require("seed", config.seed, 0 <= config.seed < 2**31, "at least 0 and below 2**31", 0)
     for name, value in (("loss_spike", config.guard.loss_spike), ("grad_spike", config.guard.grad_spike)):
         name = f"guard.{name}"

@@ -86,6 +86,7 @@ class VishwamAI(eqx.Module):
         window: int = 512,
         attention_block: int = 128,
         attention: str = "auto",
+        experts: str = "auto",
         rope_theta: float = 10_000.0,
         tie_embeddings: bool = True,
         dropout_rate: float = 0.0,
@@ -116,7 +117,15 @@ class VishwamAI(eqx.Module):
                     key=attention_key,
                 ),
                 TPULayerNorm(hidden_size),
-                MoE(hidden_size, ffn_dim, num_experts, experts_per_token, residual_gain=residual_gain, key=experts_key)
+                MoE(
+                    hidden_size,
+                    ffn_dim,
+                    num_experts,
+                    experts_per_token,
+                    implementation=None if experts == "auto" else experts,
+                    residual_gain=residual_gain,
+                    key=experts_key,
+                )
                 if num_experts > 1
                 else GatedMLP(hidden_size, ffn_dim, residual_gain=residual_gain, key=experts_key),
             )

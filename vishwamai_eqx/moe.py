@@ -83,6 +83,7 @@ class MoE(eqx.Module):
 
     router: Router
     activation: Activation = eqx.field(static=True)
+    implementation: str | None = eqx.field(static=True)
     gate: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
     up: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
     down: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
@@ -95,6 +96,7 @@ class MoE(eqx.Module):
         experts_per_token: int,
         activation: Activation = "silu",
         *,
+        implementation: str | None = None,
         residual_gain: float = 1.0,
         key: PRNGKeyArray,
     ):
@@ -103,7 +105,7 @@ class MoE(eqx.Module):
         self.gate = normal(gate_key, (num_experts, hidden_size, ffn_dim), 1 / math.sqrt(hidden_size))
         self.up = normal(up_key, (num_experts, hidden_size, ffn_dim), 1 / math.sqrt(hidden_size))
         self.down = normal(down_key, (num_experts, hidden_size, ffn_dim), residual_gain / math.sqrt(ffn_dim))
-        self.activation = activation
+        self.activation, self.implementation = activation, implementation
 
     def __call__(
         self, x: Float[Array, "batch seq d_model"], real: Float[Array, "batch seq"]
@@ -115,18 +117,24 @@ class MoE(eqx.Module):
             flat = (batch * seq, -1)
             # One copy for each device along `model` here, before there are several rows of each token to sum.
             tokens = vary(x, "model").reshape(flat)
-            rows, plan = kernels.moe_dispatch(tokens, index.reshape(flat), self.router.weight.shape[1])
+            rows, plan = kernels.moe_dispatch(
+                tokens, index.reshape(flat), self.router.weight.shape[1], implementation=self.implementation
+            )
         with jax.named_scope("exchange"):
             way = route(plan)
             rows = way.deliver(rows)
         with jax.named_scope("experts"):
             grouped = functools.partial(
-                kernels.grouped_matmul, group_sizes=way.group_sizes, row_alignment=way.row_alignment
+                kernels.grouped_matmul,
+                group_sizes=way.group_sizes,
+                row_alignment=way.row_alignment,
+                implementation=self.implementation,
             )
             inner = gated(self.activation, grouped(rows, self.gate), grouped(rows, self.up))
             rows = grouped(inner, self.down, transposed=True)
         with jax.named_scope("exchange"):
             rows = way.collect(rows)
         with jax.named_scope("combine"):
-            y = sum_over(kernels.moe_combine(rows, plan, weights.reshape(flat)), "model")
+            y = kernels.moe_combine(rows, plan, weights.reshape(flat), implementation=self.implementation)
+            y = sum_over(y, "model")
         return y.reshape(batch, seq, d_model), metrics

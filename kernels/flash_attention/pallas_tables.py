@@ -5,6 +5,7 @@ neither a step nor a copy; with masks that are known when tracing its length is 
 the largest row of the batch needs. One word a step: block of queries, block of keys, and what to do there.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +90,13 @@ def schedule(
     final = xp.take_along_axis(words, counts[:, None] - 1, axis=1)
     idle = final & ~(2**_FLAG_BITS - 1)
     words = xp.where(np.arange(length) < counts[:, None], words[:, :length], idle)
-    kinds = tuple(flag for flag, where in flags.items() if not isinstance(where, np.ndarray) or where.any())
+    # What is traced can hide a block or a part of it, and show none that positions hide.
+    known_seen, known_full = _known_blocks(q_len, kv_len, q_size, kv_size, operands, settings)
+    known_seen, known_full = (x[0, :, first:last] for x in (known_seen, known_full))
+    possible = {FULL: known_seen & known_full, MASKED: known_seen & ~diagonal, DIAGONAL: known_seen & diagonal}
+    kinds = tuple(
+        flag for flag, where in flags.items() if (where if isinstance(where, np.ndarray) else possible[flag]).any()
+    )
     return Schedule(jnp.asarray(words, jnp.int32).reshape(-1), steps, rows, kinds)
 
 
@@ -131,6 +138,14 @@ def _visible_blocks(q_len, kv_len, q_size, kv_size, operands, settings):
         count = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
         seen, full = seen & (count > 0), full & (count == (bottom - top) * (right - left))
     return seen, full
+
+
+def _known_blocks(q_len, kv_len, q_size, kv_size, operands, settings):
+    """`_visible_blocks` as far as it is known when tracing: at least what is visible."""
+    if operands.q_offset is not None:
+        settings = dataclasses.replace(settings, causal=False, window=None)
+    traced = dict.fromkeys(("q_segment_ids", "kv_segment_ids", "mask", "block_mask", "q_offset", "kv_lengths"))
+    return _visible_blocks(q_len, kv_len, q_size, kv_size, operands._replace(**traced), settings)
 
 
 def _extremes(segment_ids, size):

@@ -54,12 +54,13 @@ def test_keys_are_independent():
 
 @functools.partial(jax.jit, static_argnames="implementation")
 def attend(q, k, v, implementation="xla", **arguments):
+    interpret = implementation == "pallas_tpu" or None
     return kernels.flash_attention(
-        q, k, v, dropout_rate=RATE, dropout_key=KEY, implementation=implementation, **arguments
+        q, k, v, dropout_rate=RATE, dropout_key=KEY, implementation=implementation, interpret=interpret, **arguments
     )
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
 def test_shards_and_chunks_drop_what_the_whole_drops(implementation):
     q, k, v = (normal(seed, (4, 40, heads, 16)) for seed, heads in ((0, 4), (1, 2), (2, 2)))
     whole = attend(q, k, v, implementation)

@@ -46,6 +46,8 @@ REFUSED = [
     ("--data.weights x", "data.weights='x' must be a number"),
     ("--data a.txt --data.weights nan", "data.weights=(nan,) must be a number above 0 for each of 1 globs"),
     ("--preset", "--preset needs a value"),
+    ("--attention pallas_tpu", "model.attention='pallas_tpu' must be an implementation that runs on cpu; take auto"),
+    ("--experts pallas_tpu", "model.experts='pallas_tpu' must be an implementation that runs on cpu; take auto"),
     ("--run-dir=", "run_dir='' must be a folder's name"),
     ("--run-dir /dev/null/x", "run_dir='/dev/null/x' must be a folder's or a new one's, and /dev/null is a file"),
     ("--data nowhere/*.txt", "data.files='nowhere/*.txt'"),
