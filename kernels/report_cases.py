@@ -155,7 +155,7 @@ def _our_attention(shape, dtype, generation):
     aval = jax.ShapeDtypeStruct
     q, k = aval((1, seq, heads, head_dim), dtype), aval((1, seq, kv_heads, head_dim), dtype)
     segments = aval((1, seq), jnp.int32)
-    sizes = default_blocks(generation, head_dim, dtype).fitted(seq, seq, None)
+    sizes = default_blocks(generation, head_dim, dtype, triangle=seq).fitted(seq, seq, None)
 
     def attention(segmented, rate):
         def forward(q, k, v, segments):

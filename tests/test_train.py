@@ -181,7 +181,7 @@ def test_loss_starts_near_that_of_a_guess():
 
 @pytest.mark.slow
 def test_the_tpu_kernels_train_as_the_references_do(monkeypatch):
-    """Attention, dispatch and grouped products as Pallas kernels, interpreted, inside the step with all its gradients."""
+    """Attention, dispatch and grouped products as Pallas kernels, interpreted, inside the step with its gradients."""
     small_run = functools.partial(small, optim={"batch_size": 4}, dropout_rate=0.1)
     expected, _ = run(small_run(attention="reference", experts="reference"), 1, 3, "float32")
     # The interpreter mixes numbers that vary over the mesh with its own that do not; on one device nothing hangs on it.

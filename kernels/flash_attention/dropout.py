@@ -1,8 +1,9 @@
 """Which attention probabilities dropout keeps: a function of where an element is, not of who computes it.
 
 A counter-based hash in 32-bit integer operations that every backend has. Batch row, head and query are mixed with the
-key once a row and the kv index once a column; an element then costs two multiplications. Two words a row enter before
-and after the first of them, so that no two rows share their pattern up to a permutation of columns.
+key once a row and the kv index once a column; an element then costs one multiplication, whose high bits decide. The
+row's second word is the multiplier (multiply-shift hashing, Dietzfelbinger et al. 1997), so that no two rows share
+their pattern, shifted or with its columns permuted.
 """
 
 import jax.numpy as jnp
@@ -32,11 +33,11 @@ def row_words(
     head: Int[Array, "*#shape"],
     query: Int[Array, "*#shape"],
 ) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
-    """The two words of a row of scores."""
+    """The two words of a row of scores: one for its columns to meet, and an odd one to multiply with."""
     row = jnp.uint32(_GOLDEN)
     for part in (*(key[i] for i in range(key.shape[0])), batch, head, query):
         row = _mix(row * jnp.uint32(5) + jnp.asarray(part).astype(jnp.uint32))
-    return row, _mix(row ^ jnp.uint32(_GOLDEN))
+    return row, _mix(row ^ jnp.uint32(_GOLDEN)) | jnp.uint32(1)
 
 
 def column_word(kv: Int[Array, "*shape"]) -> UInt32[Array, "*shape"]:
@@ -48,9 +49,8 @@ def combine(
     rate: float, row: UInt32[Array, "*#shape"], second: UInt32[Array, "*#shape"], column: UInt32[Array, "*#shape"]
 ) -> Bool[Array, "..."]:
     """Whether the element of a row and a column is kept."""
-    x = (row ^ column) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15) ^ second) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    # As good a comparison with signs, which vector units have, as without.
+    return ((row ^ column) * second).astype(jnp.int32) >= min(round(rate * 2**32), 2**32 - 1) - 2**31
 
 
 def _mix(x):

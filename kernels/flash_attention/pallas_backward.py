@@ -103,7 +103,7 @@ def _kernel(words, numbers, *rest, names, table, block, first_key):
         d_weights = block.dot(refs["v"][keys, :], g, (1, 1))
         attended = probabilities
         if "row_words" in refs:
-            keep = kept(block, refs, scalars, part)
+            keep = kept(block, refs, part)
             attended = jnp.where(keep, probabilities, 0.0)
             d_weights = jnp.where(keep, d_weights * (1 / (1 - settings.dropout_rate)), 0.0)
         d_scores = probabilities * (d_weights - refs["delta"][:, rows])

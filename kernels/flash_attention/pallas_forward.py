@@ -97,7 +97,7 @@ def _kernel(words, numbers, *rest, names, table, block):
         total_ref[:, queries] = total_ref[:, queries] * rescale + jnp.sum(weights, axis=0, keepdims=True)
         top_ref[:, queries] = new_top
         if "row_words" in refs:
-            weights = jnp.where(kept(block, refs, scalars, part), weights, 0.0)
+            weights = jnp.where(kept(block, refs, part), weights, 0.0)
         return weights.astype(block.compute), rescale
 
     def add(part, weights, rescale):

@@ -131,6 +131,10 @@ def element_inputs(
         )
         index = lambda b, h, i, j: (b, h, 0, i)  # noqa: E731
         inputs["row_words"] = jnp.stack(words, axis=2), spec((None, None, 2, q_size), position, index)
+        column = dropout.column_word(jnp.arange(kv_len + kv_pad, dtype=jnp.int32))
+        # In every lane: one for a sublane would have to be spread in each step.
+        spread = jnp.broadcast_to(column[:, None], (*column.shape, LANES))
+        inputs["column_words"] = spread, spec((kv_size, LANES), position, lambda b, h, i, j: (j, 0))
     return inputs
 
 
@@ -201,11 +205,10 @@ def step_scalars(block: Block, numbers: Any, batch: Any, word: Any) -> dict[str,
     return {"q_start": q_block(word) * block.q, "kv_start": kv_block(word) * block.kv, **rows}
 
 
-def kept(block: Block, refs: dict[str, Any], scalars: dict[str, Any], part: Part) -> jax.Array:
+def kept(block: Block, refs: dict[str, Any], part: Part) -> jax.Array:
     """True where dropout keeps an element of [keys, queries]."""
-    key = lax.broadcasted_iota(jnp.int32, (part.keys.size, LANES), 0) + (scalars["kv_start"] + part.keys.start)
     row, second = (refs["row_words"][index : index + 1, part.queries.slice] for index in (0, 1))
-    column = across(dropout.column_word(key), part.queries.size)
+    column = across(refs["column_words"][part.keys.slice, :], part.queries.size)
     return dropout.combine(block.settings.dropout_rate, row, second, column)
 
 

@@ -82,7 +82,11 @@ def flash_attention(
     has_blocks = settings.block_mask is not None or operands.block_mask is not None
     # A block mask that the kernel's blocks cannot follow becomes one of elements.
     masked = operands.mask is not None or (has_blocks and settings.block_size % LANES != 0)
-    blocks = default_blocks(generation, padded, q.dtype, masked) if blocks is None else blocks
+    if blocks is None:
+        length = q.shape[1]
+        square = on_diagonal((length, k.shape[1]), (length, length), operands, settings)
+        triangle = length if square and settings.window is None and not has_blocks and length == k.shape[1] else None
+        blocks = default_blocks(generation, padded, q.dtype, masked, triangle)
     blocks = blocks.fitted(q.shape[1], k.shape[1], settings.block_size if has_blocks else None)
     if generation is not None:
         itemsize = q.dtype.itemsize if generation.bf16_dot else 4

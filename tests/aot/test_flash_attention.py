@@ -29,9 +29,9 @@ def gradients(q, k, v, segment_ids, **arguments):
     return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
 
-def operands(dtype, head_dim, batch=1):
-    shapes = [(batch, LENGTH, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    return *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((batch, LENGTH), jnp.int32)
+def operands(dtype, head_dim, batch=1, length=LENGTH):
+    shapes = [(batch, length, heads, head_dim) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    return *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes), jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
 
 def assert_compiles(generation, fn, *avals, on=None):
@@ -75,7 +75,26 @@ def test_a_tpu_chooses_the_kernels_by_itself_inside_shard_map():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda dtype: jnp.dtype(dtype).name)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_generation_compiles_every_type_and_width(generation, dtype, head_dim):
-    assert_compiles(generation, gradients, *operands(dtype, head_dim))
+    """Inside shard_map, with varying axes checked, which adds to what compiles alone."""
+    mesh, rows = topology.mesh(generation, (2,)), P("data")
+    step = jax.shard_map(gradients, mesh=mesh, in_specs=(rows,) * 4, out_specs=(rows,) * 3, check_vma=True)
+    avals = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, rows))
+        for x in operands(dtype, head_dim, batch=2)
+    ]
+    assert_compiles(generation, step, *avals, on=mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v3", "v4", "v5e", "v6e"])
+def test_the_longest_single_block_compiles(generation):
+    assert_compiles(generation, gradients, *operands(jnp.bfloat16, 128, length=2048))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v3", "v5e"])
+def test_several_blocks_of_every_kind_compile(generation):
+    assert_compiles(generation, gradients, *operands(jnp.bfloat16, 128, length=4096))
 
 
 @pytest.mark.slow

@@ -22,7 +22,12 @@ ATTENTION = {
     "diagonal off by one": ("causal", pallas_scores, "behind >= -ahead", "behind > -ahead"),
     "a key of padding": ("window only", pallas_scores, "key < block.kv_len - kv_start", "key < block.kv_len + 9"),
     "segments in order": ("segments", pallas_scores, "queries.slice] == across", "queries.slice] >= across"),
-    "another key's dropout": ("dropout", pallas_scores, "dropout.column_word(key)", "dropout.column_word(key + 1)"),
+    "another key's dropout": (
+        "dropout",
+        pallas_scores,
+        "dropout.column_word(jnp.arange(",
+        "dropout.column_word(1 + jnp.arange(",
+    ),
     "a lost block": ("causal", pallas_tables, "seen & (last_q + offset >= first_k)", "seen & (first_q > first_k)"),
     "a block masked too little": ("causal", pallas_tables, "first_q + offset >= last_k", "first_q + offset >= first_k"),
     "missing rescale": ("causal", pallas_forward, "sum_ref[:, queries] * rescale", "sum_ref[:, queries]"),

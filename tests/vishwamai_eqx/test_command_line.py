@@ -18,7 +18,7 @@ REFUSED = [
     ("--steps 1e3", "steps='1e3' must be a whole number; take 1000."),
     ("--steps 3 4", "--steps takes one value and got 2: '3 4'; quote a value with spaces."),
     ("--model.remat fulll", "model.remat='fulll' must be one of none, dots, full; take full."),
-    ("--attention flash", "attention='flash' must be one of auto, reference, xla; take "),
+    ("--attention flash", "attention='flash' must be one of auto, reference, xla, pallas_tpu; take "),
     ("--foo", "--foo is not a setting; take --help for all of them."),
     ("--json", "json=True must be given with dry_run, of which it is a form; take both."),
     ("--dry-run --replay 3", "replay=3 must be given without dry_run, which computes nothing; take one of them."),
