@@ -164,34 +164,41 @@ def _our_attention(shape, dtype, generation):
                 dropout_rate=rate, dropout_key=jax.random.key(0) if rate else None,
             )  # fmt: skip
 
-        return _with_gradient(forward)
+        return forward
 
-    for title, segmented, rate in ((", no segments", False, 0.0), ("", True, 0.0), (", dropout", True, 0.1)):
-        fn = attention(segmented, rate)
-        for name, kernel, products, q_block, kv_block in (
-            ("forward", "flash_attention_fwd", 2, sizes.q, sizes.kv),
-            ("backward", "flash_attention_bwd", 5, sizes.q_backward, sizes.kv_backward),
-        ):
-            yield Case(
-                f"flash_attention {name}{title}", "pallas_tpu", f"{q_block}/{kv_block}", fn, (q, k, k, segments),
-                (kernel,), visits=_visits(seq, (q_block, kv_block), heads, segmented),
-                step_tiles=q_block * kv_block // _TILE**2, **_needed(shape, products),
-            )  # fmt: skip
+    def case(name, kernel, fn, products, blocks, segmented):
+        visits, tiles = _visits(seq, blocks, heads, segmented)
+        return Case(
+            f"flash_attention {name}", "pallas_tpu", "/".join(map(str, blocks)), fn, (q, k, k, segments), (kernel,),
+            visits=visits, step_tiles=tiles, **_needed(shape, products),
+        )  # fmt: skip
+
+    ahead = sizes.q, sizes.kv, sizes.chunk
+    back = sizes.q_backward, sizes.kv_backward, sizes.chunk_backward
+    yield case("forward, no segments", "flash_attention_fwd", attention(False, 0.0), 2, ahead, False)
+    for title, rate in (("", 0.0), (", dropout", 0.1)):
+        fn = _with_gradient(attention(True, rate))
+        yield case("forward" + title, "flash_attention_fwd", fn, 2, ahead, True)
+        yield case("backward" + title, "flash_attention_bwd", fn, 5, back, True)
 
 
 def _visits(seq, blocks, heads, segmented):
-    """How often each form of a block runs: everything seen, some masked, a square on the diagonal."""
+    """How often each form of a block runs - everything seen, some masked, a square on the diagonal - and the 128x128
+    blocks of scores that the first one that runs computes."""
+    q_block, kv_block, chunk = blocks
     nothing = Operands(None, None, None, None, None, None, None, (jnp.int32(0), jnp.int32(0)))
-    table = schedule((seq, seq), blocks, nothing, Settings(1.0, True, None, None, 0.0, 128, None), (0, seq))
-    words = np.asarray(table.words)
-    full, masked, diagonal = (heads * int(np.sum(words & kind != 0)) for kind in (FULL, MASKED, DIAGONAL))
+    segments = jnp.zeros((1, seq), jnp.int32)
+    traced = nothing._replace(q_segment_ids=segments, kv_segment_ids=segments) if segmented else nothing
+    causal = Settings(1.0, True, None, None, 0.0, 128, None)
+    known, table = (schedule((seq, seq), (q_block, kv_block), it, causal, (0, seq)) for it in (nothing, traced))
+    words = np.asarray(known.words)
+    count = {kind: float(heads * np.sum(words & kind != 0)) for kind in (FULL, MASKED, DIAGONAL)}
     if segmented:
-        full, masked, forms = 0, full + masked, {FULL, MASKED, *table.kinds}
-    else:
-        forms = set(table.kinds)
-    return tuple(
-        float(count) for kind, count in ((FULL, full), (MASKED, masked), (DIAGONAL, diagonal)) if kind in forms
-    )
+        count[FULL], count[MASKED] = 0.0, count[FULL] + count[MASKED]
+    whole = q_block * kv_block // _TILE**2
+    parts = sum(chunk * (start + chunk) for start in range(0, q_block, chunk)) // _TILE**2
+    usual = next(kind for kind in table.kinds if count[kind])
+    return tuple(count[kind] for kind in table.kinds), parts if usual == DIAGONAL else whole
 
 
 def _splash(shape, dtype):
