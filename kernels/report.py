@@ -21,7 +21,8 @@ Attention is causal and saves its statistics. With segments every block is taken
 which compare the segments of every block.
 
 What they leave out: a schedule knows no waiting. Copies between HBM and vector memory, the first and last step's most
-of all, semaphores, branch history and the clock are not in it; hold the cycles beside the bytes over the bandwidth.
+of all, loading a long program's next instructions, semaphores, branch history and the clock are not in it; hold the
+cycles beside the bytes over the bandwidth.
 """
 
 import argparse

@@ -183,12 +183,12 @@ def test_loss_starts_near_that_of_a_guess():
 def test_the_tpu_kernels_train_as_the_references_do(monkeypatch):
     """Attention, dispatch and grouped products as Pallas kernels, interpreted, inside the step with its gradients."""
     small_run = functools.partial(small, optim={"batch_size": 4}, dropout_rate=0.1)
-    expected, _ = run(small_run(attention="reference", experts="reference"), 1, 3, "float32")
+    expected, _ = run(small_run(attention="reference", experts="reference"), {}, 3, "float32")
     # The interpreter mixes numbers that vary over the mesh with its own that do not; on one device nothing hangs on it.
     checked = jax.shard_map
     monkeypatch.setattr(jax, "shard_map", lambda *a, **options: checked(*a, **{**options, "check_vma": False}))
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-        found, _ = run(small_run(attention="pallas_tpu", experts="pallas_tpu"), 1, 3, "float32")
+        found, _ = run(small_run(attention="pallas_tpu", experts="pallas_tpu"), {}, 3, "float32")
     losses = [[float(it.loss) for it in metrics] for metrics in (expected, found)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert losses[0][0] != losses[0][2]
