@@ -1,6 +1,5 @@
 """Block sizes of the TPU kernels: defaults for each generation, and what fits its vector memory."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -120,15 +119,9 @@ def default_blocks(
         return BlockSizes(512, 512, 256, 256, 256, 256, resident)
     if wide > 1:
         return BlockSizes(512, 512, 256, 256, 256, 256, resident)
-    blocks = BlockSizes(kv_resident=resident)
-    if generation is None or masked or triangle is None or triangle > ONE_BLOCK:
-        return blocks
+    if generation is None or small or masked or triangle is None or triangle > ONE_BLOCK:
+        return BlockSizes(kv_resident=resident)
     # All of it one block, whose parts leave out the keys that none of their queries sees: 15% and 26% fewer cycles on
     # v5e than blocks of 1024 and 512, which begin and end more often and see half of their diagonal for nothing.
-    itemsize, length, limit = jnp.dtype(dtype).itemsize, -(-triangle // 256) * 256, generation.vmem * SHARE_OF_VMEM
-    itemsize = itemsize if generation.bf16_dot else 4
-    forward = dataclasses.replace(blocks, q=length, kv=length)
-    if forward.forward_bytes(head_dim, itemsize, masked) <= limit:
-        blocks = forward
-    backward = dataclasses.replace(blocks, q_backward=length, kv_backward=length, chunk_backward=256)
-    return backward if backward.backward_bytes(head_dim, itemsize, masked, length) <= limit else blocks
+    length = -(-triangle // 256) * 256
+    return BlockSizes(length, length, length, length, chunk_backward=256, kv_resident=resident)

@@ -110,8 +110,8 @@ def test_static_masks_make_static_tables_as_long_as_what_is_seen():
 @pytest.mark.parametrize("generation", GENERATIONS.values(), ids=lambda it: it.name)
 def test_default_blocks_fit_every_generation(generation, dtype, head_dim):
     itemsize = jnp.dtype(dtype).itemsize if generation.bf16_dot else 4
-    for masked in (False, True):
-        blocks = default_blocks(generation, head_dim, dtype, masked)
+    for masked, triangle in ((False, None), (True, None), (False, 1100), (False, 2048)):
+        blocks = default_blocks(generation, head_dim, dtype, masked, triangle)
         blocks.check(generation, head_dim, itemsize, masked, 100_000)
 
 
