@@ -1,16 +1,11 @@
 """What a token costs, counted by hand, and what a chip can do."""
 
+from kernels.tpu import GENERATIONS
 from vishwamai_eqx.config import ModelConfig
 
-# Dense bf16 FLOP/s of a device as jax counts devices (a core of v2 and v3, a chip of the others), by its device_kind.
+# Dense bf16 FLOP/s of a device as jax counts devices, by its device_kind.
 PEAK_FLOPS = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,
+    **{it.device_kind: it.peak_flops for it in GENERATIONS.values()},
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
