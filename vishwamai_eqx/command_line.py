@@ -18,7 +18,7 @@ from vishwamai_eqx.config import PRESETS, Config, from_dict, nearest, to_dict
 Settings = TypeVar("Settings")
 # Settings that may differ when a run is resumed: they change what is looked at, not what is computed. With those of
 # `guard` a run that stopped for too many skipped steps gets past them.
-FREE = ("run_dir", "mesh", "dry_run", "json", "replay", "checkpoint", "eval", "guard")
+FREE = ("run_dir", "mesh", "dry_run", "topology", "plan", "json", "replay", "checkpoint", "eval", "guard")
 
 
 def parse(argv: Sequence[str], description: str | None = None) -> Config:
@@ -41,7 +41,7 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
         raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{preset or 'tiny'}.")
     saved = read_config(run_dir)
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
-    base = dataclasses.replace(base, dry_run=False, json=False, replay=None)
+    base = dataclasses.replace(base, dry_run=False, topology=None, plan=False, json=False, replay=None)
     config = tyro.cli(Config, default=base, args=_joined(argv), description=description)
     config = dataclasses.replace(config, run_dir=run_dir)
     if saved is not None and (differences := list(_differences(to_dict(saved), to_dict(config)))):

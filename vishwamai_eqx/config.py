@@ -188,6 +188,10 @@ class Config:
     """A SentencePiece model, or a folder with one; none: trained on the data."""
     dry_run: bool = False
     """Print what the run would be, allocate nothing, and stop."""
+    topology: str | None = None
+    """TPUs that a dry run compiles the step for, none needed: v3:2x2, v5e:2x4, tpu7x:2x2x1 ..., the chips by axis."""
+    plan: bool = False
+    """Let the dry run look for mesh, microbatches and remat by a hand estimate, and compile the best."""
     json: bool = False
     """Print the dry run as one JSON object."""
     replay: int | None = None
@@ -329,6 +333,8 @@ def problems(config: Config, devices: int, platform: str | None = None) -> list[
     for name, value in (("loss_spike", config.guard.loss_spike), ("grad_spike", config.guard.grad_spike)):
         name = f"guard.{name}"
         require(name, value, value == 0 or 1 < value < math.inf, "0 or above 1", field_default(name))
+    require("topology", config.topology, config.dry_run or not config.topology, "with --dry-run", "--dry-run too")
+    require("plan", config.plan, bool(config.topology) or not config.plan, "with --topology", "--topology v3:2x2 too")
     if config.replay is not None:
         require("replay", config.replay, config.replay >= 1, "at least 1", 1)
         require(
