@@ -94,16 +94,20 @@ def make_step(
         model: VishwamAI, probes: Array, batch: Batch, tokens: Array, key: Array | None, first_row: Array
     ) -> tuple[Array, Any]:
         """A microbatch's part of the step's loss: sums over its rows, divided by what the whole step has."""
+        # Once for both uses of a tied embedding, whose gradients are added before they cross the wire.
+        embedding = gather(model.embedding, specs.model.embedding, jnp.dtype(model.compute_dtype))
+        model = eqx.tree_at(lambda tree: tree.embedding, model, embedding)
+        placement = eqx.tree_at(lambda tree: tree.embedding.weight, specs.model, P())
         hidden, _, router = model(
             batch.tokens,
             segment_ids=batch.segment_ids,
             positions=batch.positions,
             key=key,
-            placement=specs.model,
+            placement=placement,
             first_row=first_row,
             probes=probes,
         )
-        nll = token_loss(model, specs.model, hidden, batch) / tokens
+        nll = token_loss(model, placement, hidden, batch) / tokens
         if router is None:
             return nll, (nll, jnp.zeros(()), jnp.zeros(()), None)
         router = sum_over(router, *BATCH_AXES)
