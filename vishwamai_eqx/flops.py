@@ -26,17 +26,23 @@ def parameters(config: ModelConfig) -> tuple[int, int]:
     return total, active
 
 
+def keys_seen(config: ModelConfig) -> float:
+    """Keys that a query sees on average."""
+    seen = config.max_seq_len / 2
+    if config.attention_pattern == "window":
+        seen = min(seen, config.window)
+    if config.attention_pattern == "blocks":
+        seen = min(seen, 2.5 * config.attention_block)
+    return seen
+
+
 def per_token(config: ModelConfig) -> float:
     """FLOPs of forward and backward for a token: 6 for each active parameter in a matrix product, and attention's.
 
     Scores and values take 12 * hidden_size FLOPs for each key that a query sees, on average half a row under the
     causal mask (2204.02311, appendix B). What remat computes again is not counted: this is the model's work.
     """
-    seen = config.max_seq_len / 2
-    if config.attention_pattern == "window":
-        seen = min(seen, config.window)
-    if config.attention_pattern == "blocks":
-        seen = min(seen, 2.5 * config.attention_block)
+    seen = keys_seen(config)
     _, active = parameters(config)
     # A tied embedding is a matrix product once, as the head; an untied one besides is a look-up.
     lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
