@@ -7,7 +7,6 @@
 The same script runs on one CPU core and on a mesh of TPU chips: one device is the mesh of one.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -29,13 +28,13 @@ from vishwamai_eqx import (
     checkpoint,
     command_line,
     data,
+    dry_run,
     environment,
     evaluation,
     flops,
     logbook,
     nonfinite,
     optim,
-    parameters,
     skip,
     state,
 )
@@ -463,16 +462,17 @@ def progress(console: Console) -> Progress:
     )
 
 
-def dry_run(config: Config) -> None:
-    """Print what the run would be; nothing is allocated."""
-    abstract = state.abstract_state(config.model, compute_dtype(config.precision), optim.optimizer(config.optim))
-    total, (_, active) = parameters.count(abstract.model), flops.parameters(config.model)
-    per_token = flops.per_token(config.model)
-    if config.json:
-        print(json.dumps({"parameters": {"total": total, "active": active}, "flops_per_token": {"hand": per_token}}))
-    else:
-        print(f"preset {config.preset}: {total:,} parameters, {active:,} of them active for a token")
-        print(f"a token takes {per_token:,.0f} FLOPs of training")
+def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wrapped, tuple[TrainState, Batch]]:
+    """The step of a mesh that may not be here, and the shapes, types and placement of what it takes."""
+    transform = optim.optimizer(config.optim)
+    abstract = state.abstract_state(config.model, dtype, transform)
+    specs = state.placement(abstract, dict(mesh.shape), transform)
+    microbatches, rows = config.optim.microbatches, config.optim.batch_size
+    batch = abstract_batch(
+        NamedSharding(mesh, MICROBATCHES), microbatches, rows // microbatches, config.model.max_seq_len
+    )
+    abstract = jax.tree.map(placed, abstract, state.shardings(mesh, specs))
+    return make_step(config, mesh, specs, transform), (abstract, batch)
 
 
 def main(argv: list[str], started: float | None = None) -> int:
@@ -480,11 +480,11 @@ def main(argv: list[str], started: float | None = None) -> int:
     started = time.perf_counter() if started is None else started
     try:
         config = command_line.parse(argv, __doc__)
-        if found := problems(config, jax.device_count(), jax.default_backend()):
+        backend = "tpu" if config.topology else jax.default_backend()
+        if found := problems(config, dry_run.devices(config), backend):
             raise ValueError("\n".join(found))
         if config.dry_run:
-            dry_run(config)
-            return 0
+            return dry_run.run(config, abstract_step)
         if config.replay is not None:
             return replay(config, config.replay)
         # Until there is a step to save, a signal ends the program at once.

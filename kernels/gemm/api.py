@@ -5,6 +5,7 @@ from jaxtyping import Array, Float
 
 from kernels.choice import choose
 from kernels.gemm import reference, xla
+from kernels.tpu import current_generation
 
 _IMPLEMENTATIONS = {"reference": reference.gemm, "xla": xla.gemm}
 
@@ -31,5 +32,7 @@ def gemm(
             f"gemm: w has shape {list(w.shape)}, expected {expected} for x {list(x.shape)} with "
             f"transposed={transposed}; pass transposed={not transposed} if w is stored the other way round"
         )
-    name = choose("gemm", implementation, _IMPLEMENTATIONS, "xla" if jax.default_backend() == "cpu" else "reference")
+    # What is traced for a TPU on a machine with none is what a TPU has.
+    on_cpu = current_generation() is None and jax.default_backend() == "cpu"
+    name = choose("gemm", implementation, _IMPLEMENTATIONS, "xla" if on_cpu else "reference")
     return _IMPLEMENTATIONS[name](x, w, transposed)
