@@ -5,7 +5,6 @@ Everything is estimated by hand first; then the real training step is compiled a
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,8 @@ import jax
 from jax.sharding import Mesh
 
 from kernels import topology
-from kernels.tpu import Generation
 from vishwamai_eqx import aot, flops, memory, optim, parameters, plan, roofline, state
-from vishwamai_eqx.config import Config, parse_mesh, problems
+from vishwamai_eqx.config import Config, parse_mesh
 from vishwamai_eqx.precision import compute_dtype
 
 StepOf = Callable[[Config, Mesh, str], tuple[jax.stages.Wrapped, tuple[Any, ...]]]
@@ -169,7 +167,9 @@ def text(report: dict[str, Any]) -> str:
         f"(seconds * peak) at {line['mfu']:.1%}",
         f"compiled in {report['compile_seconds']:.0f} s",
         "",
-        "it fits" if report["fits"] else f"it does not fit: {hbm['peak'] / 2**30:.2f} of {hbm['capacity'] / 2**30:.2f} GiB",
+        "it fits"
+        if report["fits"]
+        else f"it does not fit: {hbm['peak'] / 2**30:.2f} of {hbm['capacity'] / 2**30:.2f} GiB",
         *(f"nearest that does, by the estimate: {_flags(it)}" for it in report["nearest"]),
     ]
     if "plan" in report:

@@ -38,6 +38,22 @@ class Memory:
         return self.parameters + self.optimizer + self.gradients + self.activations + self.temporaries
 
 
+@dataclass(frozen=True)
+class Shards:
+    """Numbers that one device holds, or gathers."""
+
+    parameters: int
+    optimizer: int
+    layers: int
+    """Of the parameters, those of all layers."""
+    layer: int
+    """Of one layer, gathered."""
+    embedding: int
+    """Of the embedding, gathered."""
+    gathered: int
+    """Of all layers, the embedding and the head."""
+
+
 def estimate(config: Config, sizes: dict[str, int], generation: Generation) -> Memory:
     """The memory of a step on a mesh of those sizes, at its fullest moment."""
     model, held = config.model, shards(config, sizes)
@@ -48,9 +64,10 @@ def estimate(config: Config, sizes: dict[str, int], generation: Generation) -> M
     # Casts of stacked weights are made for all layers at once, before the loop. The embedding's gradient is whole in
     # the compute type from the loss to the end of backward.
     casts, embedding = held.layers * wide if wide < F32 else 0, held.embedding * wide
-    layer = casts + embedding + max(
-        held.layer * wide + _at_work(model, tokens, wide),  # a layer's weights, and its activations and their gradients
-        3 * held.layer * wide,  # its weights' gradients, as they are made and as they arrive
+    layer = (
+        casts
+        + embedding
+        + max(_with_activations(model, tokens, wide, held), _with_gradients(model, tokens, wide, held))
     )
     # Both orders of the head's gradient in f32, and a chunk's logits.
     logits = max(loss.CHUNK_LOGITS, loss.CHUNK_TOKENS * model.vocab_size)
@@ -68,10 +85,16 @@ def rows(config: Config, sizes: dict[str, int]) -> int:
     return config.optim.batch_size // config.optim.microbatches // over
 
 
-def _at_work(model: ModelConfig, tokens: int, wide: int) -> int:
-    """The most that a layer's backward pass holds: of the experts' inner width the two products of forward, and the
-    gradients of the three; of the model's width a row's input and result, their gradients, and both in flight."""
-    return wide * _routed(model, tokens) * (5 * model.ffn_dim + 6 * model.hidden_size)
+def _with_activations(model: ModelConfig, tokens: int, wide: int, held: Shards) -> int:
+    """The most that a layer's backward pass holds at once, where there are many rows: its weights; of the experts'
+    inner width the two products of forward and the gradients of all three; of the model's width a row's input and
+    result, their gradients, and both in flight."""
+    return wide * (held.layer + _routed(model, tokens) * (5 * model.ffn_dim + 6 * model.hidden_size))
+
+
+def _with_gradients(model: ModelConfig, tokens: int, wide: int, held: Shards) -> int:
+    """The same where there are few: of the experts' three weights and their gradients, made and arriving, five."""
+    return wide * (held.layer * 5 // 3 + _routed(model, tokens) * 6 * model.hidden_size)
 
 
 def _kept_besides(model: ModelConfig, tokens: int, wide: int, layer: int) -> int:
@@ -82,9 +105,10 @@ def _kept_besides(model: ModelConfig, tokens: int, wide: int, layer: int) -> int
         return 0
     if model.remat == "dots":
         return projections
-    # Gathered weights too; every product's operands, and the rows before and after the experts.
-    inside = _routed(model, tokens) * (3 * model.ffn_dim + 2 * d) * wide
-    return layer * wide + 2 * projections + 4 * tokens * d * wide + inside
+    # Gathered weights too. Gate, up, the activation and its slope are kept as they are computed, in f32, and so are the
+    # norms' parts; what attention and the experts take and give in the compute type.
+    inner = _routed(model, tokens) * (model.ffn_dim * (4 * F32 + wide) + 2 * d * wide)
+    return layer * wide + inner + 2 * projections + tokens * d * (6 * F32 + 4 * wide)
 
 
 def _routed(model: ModelConfig, tokens: int) -> int:
@@ -93,22 +117,6 @@ def _routed(model: ModelConfig, tokens: int) -> int:
         return tokens
     choices = tokens * model.experts_per_token
     return padded_rows(choices, model.num_experts, default_alignment(choices, model.num_experts))
-
-
-@dataclass(frozen=True)
-class Shards:
-    """Numbers that one device holds, or gathers."""
-
-    parameters: int
-    optimizer: int
-    layers: int
-    """Of the parameters, those of all layers."""
-    layer: int
-    """Of one layer, gathered."""
-    embedding: int
-    """Of the embedding, gathered."""
-    gathered: int
-    """Of all layers, the embedding and the head."""
 
 
 def shards(config: Config, sizes: dict[str, int]) -> Shards:

@@ -78,11 +78,11 @@ class Program:
     @property
     def flops(self) -> float:
         """Of the matrix products, those that are done again included."""
-        return sum(it.flops * it.times for it in self.products)
+        return sum((it.flops * it.times for it in self.products), 0.0)
 
     @property
     def flops_again(self) -> float:
-        return sum(it.again * it.times for it in self.products)
+        return sum((it.again * it.times for it in self.products), 0.0)
 
     @property
     def bytes_by_kind(self) -> dict[str, int]:
@@ -187,9 +187,7 @@ def _operands(it: _Instruction, arrays: dict[str, list[Shape]]) -> list[Shape]:
     return [shape for name in _NAMES.findall(it.rest.partition(")")[0]) for shape in arrays.get(name, [])]
 
 
-def _collective(
-    kind: str, it: _Instruction, arrays: dict[str, list[Shape]], devices: int, times: int
-) -> Collective:
+def _collective(kind: str, it: _Instruction, arrays: dict[str, list[Shape]], devices: int, times: int) -> Collective:
     operands = _operands(it, arrays)
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", it.rest)
     tiled = re.search(r"replica_groups=\[\d+,(\d+)\]<=", it.rest)

@@ -69,17 +69,17 @@ def executed(config: Config) -> float:
     return flops.per_token(model) + again
 
 
-def hbm_bytes(config: Config, state_bytes: float, gathered_bytes: float) -> float:
+def hbm_bytes(config: Config, state_bytes: int, gathered_bytes: int) -> float:
     """The least that a step moves, given a device's bytes of the state and all gathered weights in the compute type."""
     # Of parameter and two moments in, out, and the gradient besides.
-    return 2 * state_bytes + state_bytes / 3 * 2 + config.optim.microbatches * _PASSES[config.model.remat] * gathered_bytes
+    weights = config.optim.microbatches * _PASSES[config.model.remat] * gathered_bytes
+    return 2 * state_bytes + state_bytes / 3 * 2 + weights
 
 
 def wire_bytes(program: Program, shape: tuple[int, ...]) -> float:
     """What a device sends in a step, times the links that it crosses, on a torus of that shape."""
-    return sum(
-        it.wire_bytes * it.times * (hops(shape) if "all-to-all" in it.kind else 1.0) for it in program.collectives
-    )
+    crossed = {it.kind: hops(shape) if "all-to-all" in it.kind else 1.0 for it in program.collectives}
+    return sum((it.wire_bytes * it.times * crossed[it.kind] for it in program.collectives), 0.0)
 
 
 def hops(shape: tuple[int, ...]) -> float:
