@@ -75,7 +75,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
     state_bytes = by_hand.parameters + by_hand.optimizer
     moved = roofline.hbm_bytes(config, state_bytes, held.gathered * (2 if dtype == "bfloat16" else 4))
     bound = roofline.roofline(generation, multiplied, of_model * here, moved, wire)
-    scale = compiled.peak / by_hand.peak
+    scale = (compiled.peak - state_bytes) / (by_hand.peak - state_bytes)
     known = by_hand.parameters + by_hand.optimizer + by_hand.gradients
     return {
         "topology": config.topology,

@@ -43,11 +43,11 @@ def search(config: Config) -> Plan:
 def nearest(config: Config, scale: float) -> list[dict[str, object]]:
     """For each setting the least change of it that makes the step fit; where none does alone, the best of all together.
 
-    `scale` is what the compiler's figure was, divided by the estimate, where it did not fit.
+    `scale` is by how much the compiler's figure was above the estimate where it did not fit, the state left out.
     """
     assert config.topology is not None
     generation, shape = topology.parse(config.topology)
-    here, every = settings(config), [it for it in candidates(config) if _peak(it, generation) * scale <= generation.hbm]
+    here, every = settings(config), [it for it in candidates(config) if _peak(it, generation, scale) <= generation.hbm]
     found = []
     for name in here:
         alone = [it for it in every if [n for n in here if settings(it)[n] != here[n]] == [name]]
@@ -104,8 +104,10 @@ def seconds(config: Config, generation: Generation, shape: tuple[int, ...]) -> f
     return max(bound.compute, bound.hbm) + bound.ici
 
 
-def _peak(config: Config, generation: Generation) -> int:
-    return memory.estimate(config, _sizes(config), generation).peak
+def _peak(config: Config, generation: Generation, scale: float = 1.0) -> float:
+    found = memory.estimate(config, _sizes(config), generation)
+    state = found.parameters + found.optimizer
+    return state + scale * (found.peak - state)
 
 
 def _sizes(config: Config) -> dict[str, int]:
