@@ -191,7 +191,7 @@ class Config:
     topology: str | None = None
     """TPUs that a dry run compiles the step for, none needed: v3:2x2, v5e:2x4, tpu7x:2x2x1 ..., the chips by axis."""
     plan: bool = False
-    """Let the dry run look for mesh, microbatches and remat by a hand estimate, and compile the best."""
+    """Let the dry run look for microbatches and remat policy by a hand estimate, and compile the best."""
     json: bool = False
     """Print the dry run as one JSON object."""
     replay: int | None = None

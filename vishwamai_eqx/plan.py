@@ -1,6 +1,6 @@
 """Settings of a run that fit a topology, found by the hand estimates alone.
 
-Microbatches, remat policy and mesh are tried; the batch, and with it what is trained, stays.
+Microbatches and the remat policy are tried; the mesh and the batch, and with it what is trained, stay.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 from kernels import topology
 from kernels.tpu import Generation
 from vishwamai_eqx import flops, memory, roofline
-from vishwamai_eqx.config import AXES, Config, Remat, divisors, parse_mesh, problems
+from vishwamai_eqx.config import Config, Remat, divisors, parse_mesh, problems
 
 # The estimate is within 15% of the compiler's figure; what a search chooses should fit all the same.
 MARGIN = 0.87
@@ -69,23 +69,15 @@ def candidates(config: Config) -> Iterator[Config]:
     """Every possible way to run the batch of a configuration on its topology."""
     assert config.topology is not None
     devices = topology.count(config.topology)
-    sizes = [sorted(divisors(devices)) for axis in AXES if axis != "data"]
-    for others in itertools.product(*sizes):
-        if devices % math.prod(others):
-            continue
-        over = dict(zip((axis for axis in AXES if axis != "data"), others, strict=True))
-        axes = {"data": devices // math.prod(others), **{axis: size for axis, size in over.items() if size > 1}}
-        mesh = ",".join(f"{axis}={size}" for axis, size in axes.items())
-        same = parse_mesh(mesh, devices) == parse_mesh(config.mesh, devices)
-        for parts, remat in itertools.product(sorted(divisors(config.optim.batch_size)), get_args(Remat)):
-            changed = dataclasses.replace(
-                config,
-                mesh=config.mesh if same else mesh,
-                optim=dataclasses.replace(config.optim, microbatches=parts),
-                model=dataclasses.replace(config.model, remat=remat),
-            )
-            if not problems(changed, devices):
-                yield changed
+    # The mesh stays as it was asked for: what tokens sent to experts and sums over `model` cost is not estimated here.
+    for parts, remat in itertools.product(sorted(divisors(config.optim.batch_size)), get_args(Remat)):
+        changed = dataclasses.replace(
+            config,
+            optim=dataclasses.replace(config.optim, microbatches=parts),
+            model=dataclasses.replace(config.model, remat=remat),
+        )
+        if not problems(changed, devices):
+            yield changed
 
 
 def seconds(config: Config, generation: Generation, shape: tuple[int, ...]) -> float:
