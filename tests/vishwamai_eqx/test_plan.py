@@ -114,7 +114,7 @@ def test_a_step_that_fits_is_exit_code_0(monkeypatch, capsys):
         ("--dry-run --topology v3:3x3", "topology='v3:3x3' must have AxB chips"),
         ("--topology v3:2x2", "topology='v3:2x2' must be with --dry-run"),
         ("--dry-run --plan", "plan=True must be with --topology"),
-        ("--preset base --dry-run --topology v3:32x32", "the mesh's data=2048; take 2048."),
+        ("--preset base --dry-run --topology v3:32x32", "= 2048; take 2048."),
         ("--dry-run --topology v3:2x2 --mesh data=9", "at most the 8 devices"),
     ],
 )
