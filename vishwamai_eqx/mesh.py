@@ -11,7 +11,6 @@ no collective goes over it, which XLA on CPU would carry out as a copy. What var
 and `sum_over` makes it whole. Outside `shard_map` the functions here take all axes to be of size one.
 """
 
-import functools
 import math
 from typing import Any, TypeVar
 
@@ -179,14 +178,16 @@ def gather(shards: Tree, placement: Any, dtype: Any) -> Tree:
     return jax.tree.map(whole, shards, declared, placement)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def gathered(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any) -> jax.Array:
+def side_by_side(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any) -> jax.Array:
     """The shards of all devices along the axes, side by side along the dimension."""
     return jax.lax.all_gather(shard.astype(dtype), axes, axis=dimension, tiled=True)
 
 
+gathered = jax.custom_vjp(side_by_side, nondiff_argnums=(1, 2, 3))
+
+
 def gathered_fwd(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any) -> tuple[jax.Array, Any]:
-    return gathered(shard, dimension, axes, dtype), jax.numpy.zeros((), shard.dtype)
+    return side_by_side(shard, dimension, axes, dtype), jax.numpy.zeros((), shard.dtype)
 
 
 def gathered_bwd(dimension: int, axes: tuple[str, ...], dtype: Any, like: Any, g: jax.Array) -> tuple[jax.Array]:

@@ -53,6 +53,10 @@ def test_what_does_not_divide_is_refused_when_placed(sizes, sentence):
         place(abstract(), sizes)
 
 
+# What a tokenizer has at least, with a byte each.
+PIECES = {"vocab_size": 320}
+
+
 @pytest.mark.parametrize(
     ("mesh", "model", "sentence"),
     [
@@ -74,12 +78,13 @@ def test_what_does_not_divide_is_refused_when_placed(sizes, sentence):
 )
 def test_a_mesh_that_the_model_does_not_fit_is_refused(mesh, model, sentence):
     batch = 12 if "replica" in mesh else 24
-    config = dataclasses.replace(small(optim={"batch_size": batch}, **model), mesh=mesh)
+    config = dataclasses.replace(small(optim={"batch_size": batch}, **PIECES, **model), mesh=mesh)
     assert problems(config, 8) == [sentence]
 
 
 def test_a_dense_model_takes_an_expert_axis_as_more_of_data():
-    assert problems(dataclasses.replace(small(num_experts=1, experts_per_token=1), mesh="expert=8"), 8) == []
+    dense = small(num_experts=1, experts_per_token=1, **PIECES)
+    assert problems(dataclasses.replace(dense, mesh="expert=8"), 8) == []
     assert place(abstract(num_experts=1), {"data": 2, "expert": 2}).blocks.experts.gate.weight == P(
         None, ("data", "expert")
     )
