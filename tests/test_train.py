@@ -51,6 +51,10 @@ OTHERWISE = {"tie_embeddings": False, "remat": "full", "dropout_rate": 0.2}
 one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **model), {}, steps, dtype))
 
 
+# Of what differs by its mesh alone the default suite takes one of each kind.
+rarely = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "model"),
     [
@@ -58,14 +62,14 @@ one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **m
         ({}, 4, OTHERWISE),
         ({"data": 8}, 1, {}),
         ({"data": 8}, 1, OTHERWISE),
-        ({"data": 4}, 4, OTHERWISE),
-        ({"data": 4, "expert": 2}, 2, {}),
-        (MIXED, 1, {}),
+        rarely({"data": 4}, 4, OTHERWISE),
+        rarely({"data": 4, "expert": 2}, 2, {}),
+        rarely(MIXED, 1, {}),
         (MIXED, 4, OTHERWISE),
-        ({"expert": 8}, 2, {}),
-        ({"model": 4}, 4, {}),
+        rarely({"expert": 8}, 2, {}),
+        rarely({"model": 4}, 4, {}),
         ({"data": 2, "model": 4}, 1, OTHERWISE),
-        ({"replica": 2, "data": 2, "model": 2}, 1, {}),
+        rarely({"replica": 2, "data": 2, "model": 2}, 1, {}),
     ],
     ids=str,
 )
@@ -81,11 +85,11 @@ def test_meshes_and_microbatches_do_not_change_the_losses(mesh, microbatches, mo
     [
         ({"data": 8}, 1),
         ({}, 4),
-        ({"data": 2}, 4),
-        ({"data": 4, "expert": 2}, 1),
+        rarely({"data": 2}, 4),
+        rarely({"data": 4, "expert": 2}, 1),
         (MIXED, 1),
-        ({"expert": 8}, 1),
-        ({"model": 4}, 1),
+        rarely({"expert": 8}, 1),
+        rarely({"model": 4}, 1),
         ({"data": 2, "model": 4}, 1),
     ],
     ids=str,
