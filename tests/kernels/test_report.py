@@ -102,5 +102,6 @@ def test_a_report_of_one_generation(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = {row["implementation"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
     assert rows["pallas_tpu"]["schedule"]["cycles"] > 0 and 0 < rows["pallas_tpu"]["useful_share"] <= 1
-    assert not rows["megablox"]["compiled"], "v3 has no bf16 product, which megablox asks for"
+    assert "megablox" not in rows, "v3 has no bf16 product, which megablox asks for: it is given f32"
+    assert any(name.startswith("megablox") for name in rows)
     assert "what they leave out" in done.stdout.lower()
