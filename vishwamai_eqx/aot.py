@@ -1,6 +1,6 @@
 """The training step compiled for TPUs that are not there, and what the compiler says of it.
 
-`compile_step` takes the jitted step and its abstract arguments, never a script; `kernels.topology` names the devices.
+`compile_step` takes the jitted step and its abstract arguments, never a script; `kernels.topology` has the devices.
 """
 
 import re
@@ -10,9 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
-from kernels import topology
 from kernels.moe_dispatch.plan import default_alignment, padded_rows
 from vishwamai_eqx import flops, program
 from vishwamai_eqx.config import Config, ModelConfig
@@ -36,16 +35,6 @@ class Compiled:
     @property
     def fits(self) -> bool:
         return self.program is not None
-
-
-def mesh(name: str, sizes: dict[str, int]) -> Mesh:
-    """The mesh of those sizes over the first devices of a topology.
-
-    **Raises** ValueError for a topology that there is not, or where the compiler is not installed.
-    """
-    shape = tuple(sizes.values())
-    devices = np.asarray(topology.devices(name)[: int(np.prod(shape))]).reshape(shape)
-    return Mesh(devices, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def compile_step(step: jax.stages.Wrapped, arguments: tuple[Any, ...], on: Mesh, config: Config) -> Compiled:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from kernels import topology
 from vishwamai_eqx import aot, flops, memory, optim, parameters, plan, roofline, state
 from vishwamai_eqx.config import Config, parse_mesh
+from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.precision import compute_dtype
 
 StepOf = Callable[[Config, Mesh, str], tuple[jax.stages.Wrapped, tuple[Any, ...]]]
@@ -56,7 +57,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
     """The report of one configuration on its topology, as it is printed with `--json`."""
     assert config.topology is not None
     generation, shape = topology.parse(config.topology)
-    on = aot.mesh(config.topology, sizes)
+    on = make_mesh(sizes, topology.devices(config.topology))
     dtype = compute_dtype("bf16" if config.precision == "auto" else config.precision)
     by_hand, held = memory.estimate(config, sizes, generation), memory.shards(config, sizes)
     compiled = aot.compile_step(*step_of(config, on, dtype), on, config)

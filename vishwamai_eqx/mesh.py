@@ -12,6 +12,7 @@ and `sum_over` makes it whole. Outside `shard_map` the functions here take all a
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -26,11 +27,11 @@ P = PartitionSpec
 Tree = TypeVar("Tree")
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """The mesh of those sizes over the first devices there are; an axis that is not named has size one."""
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of those sizes over the first of the devices, or of those here; an axis not named has size one."""
     shape = [sizes.get(axis, 1) for axis in AXES]
-    devices = np.array(jax.devices()[: math.prod(shape)])
-    return Mesh(devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    chosen = np.array((jax.devices() if devices is None else devices)[: math.prod(shape)])
+    return Mesh(chosen.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def size(*axes: str) -> int:
