@@ -1,16 +1,20 @@
 """Small settings and random packed batches that several tests share."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from vishwamai_eqx.config import PRESETS, Config
 from vishwamai_eqx.data import Batch
 
 VOCAB = 96
 MIXED = {"data": 2, "expert": 2, "model": 2}
+# Of cases that differ by their mesh alone the default suite takes one of each kind; the others are slow tests.
+rarely = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 def small(*, optim: dict[str, Any] | None = None, **model: Any) -> Config:

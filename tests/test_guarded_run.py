@@ -4,6 +4,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import train
@@ -21,12 +22,14 @@ def poison(batch):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """A function that says which steps' batches make the loss NaN, on the one device that has the marked row."""
+    """A function that says on which steps' batches the one device that has the marked row computes NaN, or what is
+    so many times too large."""
     bad: set[int] = set()
+    times = np.nan
     right = train.token_loss
 
     def token_loss(model, specs, hidden, batch):
-        factor = jnp.where((batch.positions >= MARK).any(), jnp.nan, 1.0)
+        factor = jnp.where((batch.positions >= MARK).any(), times, 1.0)
         return right(model, specs, hidden * factor, batch)
 
     def feed(dataset, steps, *arguments, **settings):
@@ -47,7 +50,13 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(
         train, "place", lambda dataset, n, *rest: poison(b) if (b := place(dataset, n, *rest)) and n + 1 in bad else b
     )
-    return bad.update
+
+    def say(steps, factor=np.nan):
+        nonlocal times
+        times = factor
+        bad.update(steps)
+
+    return say
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +103,15 @@ def test_back_to_a_checkpoint_and_past_the_batches_and_then_replayed(tmp_path, c
         assert said.count("agrees bit for bit") == 3
         assert ("the step is skipped: the loss was the first" in said) == (step == 3)
     assert "done again from step 15 on 8 cpu" in said
+
+
+def test_a_spike_is_skipped_by_the_default_limits(tmp_path, corpus, poisoned, capsys):
+    poisoned({56}, 1000.0)
+    assert run(tmp_path, corpus, "--steps", "58") == 0
+    ((_, step, message),) = [event for event in events(tmp_path) if event[0] == "skipped"]
+    assert step == 56 and "skipped, 1 in a row: a spike; loss" in message
+    losses = {row[0]: row[1] for row in numbers(tmp_path)[0]}
+    assert losses[56] > 3 * losses[55] and losses[58] < 1.1 * losses[55]
 
 
 def test_gives_up_with_a_report(tmp_path, corpus, poisoned, capsys):

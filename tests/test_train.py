@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 
 import train
-from tests.small import MIXED, random_batch, small, worst
+from tests.small import MIXED, random_batch, rarely, small, worst
 from vishwamai_eqx import exchange, mesh, optim, state
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import make_mesh
@@ -51,24 +51,20 @@ OTHERWISE = {"tie_embeddings": False, "remat": "full", "dropout_rate": 0.2}
 one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **model), {}, steps, dtype))
 
 
-# Of what differs by its mesh alone the default suite takes one of each kind.
-rarely = functools.partial(pytest.param, marks=pytest.mark.slow)
-
-
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "model"),
     [
-        ({}, 4, {}),
+        rarely({}, 4, {}),
         ({}, 4, OTHERWISE),
         ({"data": 8}, 1, {}),
-        ({"data": 8}, 1, OTHERWISE),
+        rarely({"data": 8}, 1, OTHERWISE),
         rarely({"data": 4}, 4, OTHERWISE),
         rarely({"data": 4, "expert": 2}, 2, {}),
         rarely(MIXED, 1, {}),
         (MIXED, 4, OTHERWISE),
         rarely({"expert": 8}, 2, {}),
         rarely({"model": 4}, 4, {}),
-        ({"data": 2, "model": 4}, 1, OTHERWISE),
+        rarely({"data": 2, "model": 4}, 1, OTHERWISE),
         rarely({"replica": 2, "data": 2, "model": 2}, 1, {}),
     ],
     ids=str,
@@ -90,7 +86,7 @@ def test_meshes_and_microbatches_do_not_change_the_losses(mesh, microbatches, mo
         (MIXED, 1),
         rarely({"expert": 8}, 1),
         rarely({"model": 4}, 1),
-        ({"data": 2, "model": 4}, 1),
+        rarely({"data": 2, "model": 4}, 1),
     ],
     ids=str,
 )
@@ -155,10 +151,10 @@ def a_row_that_is_lost(rows, sizes, source, target, length, *, right=exchange.mo
     [
         ({"data": 8}, train, "token_loss", extra_psum_of_the_loss),
         ({"data": 8}, optim, "global_norm", norm_without_psum),
-        ({"data": 8}, optim, "global_norm", norm_that_counts_copies_again),
-        ({"data": 8}, optim, "clip", gradient_of_a_copy_summed_by_hand),
+        rarely({"data": 8}, optim, "global_norm", norm_that_counts_copies_again),
+        rarely({"data": 8}, optim, "clip", gradient_of_a_copy_summed_by_hand),
         (MIXED, mesh, "sum_over", extra_psum_over_model),
-        (MIXED, mesh, "gathered", gather_of_the_wrong_axis),
+        rarely(MIXED, mesh, "gathered", gather_of_the_wrong_axis),
         (MIXED, exchange, "move", a_row_that_is_lost),
     ],
 )

@@ -12,9 +12,12 @@ import kernels
 from kernels import topology
 from kernels.tpu import GENERATIONS
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
+    ),
+]
 NAMES = ("grouped_matmul_fwd", "grouped_matmul_dlhs", "grouped_matmul_drhs")
 MOVES = ("moe_dispatch_rows", "moe_dispatch_sum", "moe_dispatch_dot")
 ROWS, GROUPS = 600, 4
@@ -84,14 +87,12 @@ def test_inside_shard_map_with_replicated_experts():
     assert_a_sharded_layer_compiles("v3", 8, jnp.bfloat16)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda dtype: jnp.dtype(dtype).name)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_generation_compiles_every_type(generation, dtype):
     assert_a_sharded_layer_compiles(generation, 2, dtype)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda dtype: jnp.dtype(dtype).name)
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -106,7 +107,6 @@ def test_sizes_that_no_block_divides_compile(generation, dtype, transposed):
     assert_compiles(generation, NAMES, fn, aval((ROWS, k), dtype), rhs, aval((GROUPS,), jnp.int32))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_base_presets_experts_compile(generation):
     """f32 master weights of bf16 activations, whose gradient is f32."""

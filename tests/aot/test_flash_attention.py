@@ -12,9 +12,12 @@ from jax.sharding import PartitionSpec as P
 import kernels
 from kernels import topology
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
+    ),
+]
 GENERATIONS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "7x")
 HEADS, KV_HEADS, LENGTH = 4, 2, 1024
 
@@ -70,7 +73,6 @@ def test_a_tpu_chooses_the_kernels_by_itself_inside_shard_map():
     assert_compiles("v3", step, *avals, on=mesh)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=lambda dtype: jnp.dtype(dtype).name)
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -85,19 +87,16 @@ def test_every_generation_compiles_every_type_and_width(generation, dtype, head_
     assert_compiles(generation, step, *avals, on=mesh)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["v3", "v4", "v5e", "v6e"])
 def test_the_longest_single_block_compiles(generation):
     assert_compiles(generation, gradients, *operands(jnp.bfloat16, 128, length=2048))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", ["v3", "v5e"])
 def test_several_blocks_of_every_kind_compile(generation):
     assert_compiles(generation, gradients, *operands(jnp.bfloat16, 128, length=4096))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_dropout_and_wide_heads_compile(generation):
     arguments = {"dropout_rate": 0.1, "dropout_key": jax.random.key(0)}

@@ -11,9 +11,12 @@ import train
 from vishwamai_eqx import command_line, flops
 from vishwamai_eqx.config import PRESETS, ModelConfig
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
+    ),
+]
 # Small, but scanned, rematerialised and sharded as the large ones are; of an inner width that fills registers, as what
 # kernels pad it by they multiply too.
 SMALL = (
@@ -64,7 +67,6 @@ def test_a_small_step(topology, capsys):
     check(found, small_weights())
 
 
-@pytest.mark.slow
 def test_flops_grow_with_the_layers(capsys):
     few, many = (dry_run(capsys, "v5e:2x4", f"{SMALL} --model.num-layers {n}")["flops_per_token"] for n in (4, 8))
     grown = many["compiler"] - few["compiler"]
@@ -76,7 +78,6 @@ def test_flops_grow_with_the_layers(capsys):
 BASE = {"v3:2x2": 4, "v6e:2x4": 4}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("topology", BASE)
 def test_base_fits_every_generation(topology, capsys):
     rows = 8 * BASE[topology]

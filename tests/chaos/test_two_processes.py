@@ -16,10 +16,17 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 rank, port, directory, steps = int(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
 import jax, numpy as np, time
+from vishwamai_eqx.guard import Signals
+
+signals = Signals(2)
+if "notice" in sys.argv:
+    # The last to set a handler has the signal: jax, which takes SIGTERM for the notice of a pod's scheduler.
+    signals.__enter__()
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
+if "notice" not in sys.argv:
+    signals.__enter__()
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from vishwamai_eqx.checkpoint import Checkpoints
-from vishwamai_eqx.guard import Signals
 
 mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 
@@ -37,7 +44,7 @@ def say(*words):
 def event(kind, message, *, step=None):
     say(kind, step, message)
 
-with Signals(jax.process_count()) as signals, Checkpoints(directory, keep=2, every=2, on_event=event) as checkpoints:
+with Checkpoints(directory, keep=2, every=2, on_event=event) as checkpoints:
     restored, first = checkpoints.restore(state(0)), 0
     if restored is not None:
         first = int(restored["step"].addressable_shards[0].data)
@@ -57,13 +64,13 @@ with Signals(jax.process_count()) as signals, Checkpoints(directory, keep=2, eve
 """
 
 
-def both(directory, steps):
+def both(directory, steps, *more):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(rank), str(port), directory, str(steps)],
+            [sys.executable, "-c", PROGRAM, str(rank), str(port), directory, str(steps), *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -116,3 +123,16 @@ def test_a_signal_to_one_stops_both_at_one_step(tmp_path):
     assert len(stopped) == 2 and stopped[0] == stopped[1]
     step = int(stopped[0].split()[1])
     assert step % 8 == 0 and (tmp_path / "checkpoints" / str(step) / "manifest.json").exists()
+
+
+@pytest.mark.slow
+def test_a_notice_of_preemption_to_one_stops_both_at_one_step(tmp_path):
+    runs = both(tmp_path / "checkpoints", 100_000, "notice")
+    for run in runs:
+        while not run.stderr.readline().startswith("said restored"):
+            pass
+    runs[1].send_signal(signal.SIGTERM)
+    first, second = said(runs, code=143)
+    stopped = [line for line in first + second if line.startswith("stopped")]
+    assert len(stopped) == 2 and stopped[0] == stopped[1]
+    assert (tmp_path / "checkpoints" / stopped[0].split()[1] / "manifest.json").exists()

@@ -109,7 +109,7 @@ def both_passes(lhs, rhs, sizes, transposed, **options):
     return out, *gradients
 
 
-@pytest.mark.parametrize("generation", [None, "v3"])
+@pytest.mark.parametrize("generation", [None, pytest.param("v3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_several_blocks_of_every_axis(transposed, generation, monkeypatch):
     """k, n and rows cut, in bf16; v3 has no bf16 product, so that there operands are widened."""

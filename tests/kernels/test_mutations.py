@@ -17,6 +17,8 @@ from tests.kernels import test_experts as experts
 from tests.kernels import test_flash_attention as attention
 from tests.kernels import test_grouped_visits as visited
 
+pytestmark = pytest.mark.slow
+
 # What is wrong: (case of the suite, module, what stands there, what stands there instead)
 ATTENTION = {
     "window off by one": ("window only", pallas_scores, "behind < settings.window", "behind <= settings.window"),
