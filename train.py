@@ -187,11 +187,13 @@ def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
     # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
     if command_line.read_config(config.run_dir) is not None:
         tokenizer = VishwamAITokenizer(folder)
-    elif config.tokenizer is not None:
-        tokenizer = VishwamAITokenizer(config.tokenizer)
-        tokenizer.save(folder)
     else:
-        tokenizer = data.train_tokenizer(corpus, config.model.vocab_size, folder)
+        command_line.make_run_dir(config.run_dir)
+        if config.tokenizer is not None:
+            tokenizer = VishwamAITokenizer(config.tokenizer)
+            tokenizer.save(folder)
+        else:
+            tokenizer = data.train_tokenizer(corpus, config.model.vocab_size, folder)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "

@@ -17,6 +17,7 @@ from tests.small import MIXED, random_batch, rarely, small, worst
 from vishwamai_eqx import exchange, mesh, optim, state
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import make_mesh
+from vishwamai_eqx.model import build
 from vishwamai_eqx.state import TrainState
 
 
@@ -91,10 +92,28 @@ def test_meshes_and_microbatches_do_not_change_the_losses(mesh, microbatches, mo
     ids=str,
 )
 def test_first_gradient_in_f32(mesh, microbatches):
-    _, expected = one("float32", 1)
-    _, found = run(small(optim={**WEIGHTS, "microbatches": microbatches}), mesh, 1, "float32")
-    # After one step, Adam's first moment is the clipped gradient times 1 - beta1.
-    assert worst(expected.opt_state[0].mu, found.opt_state[0].mu) < 1e-5
+    (before,), expected = one("float32", 1)
+    (after,), found = run(small(optim={**WEIGHTS, "microbatches": microbatches}), mesh, 1, "float32")
+    # After one step, Adam's first moment is the clipped gradient times 1 - beta1, and its scale is in the norm.
+    assert before.grad_norm > WEIGHTS["clip_norm"]
+    assert worst((before.grad_norm, expected.opt_state[0].mu), (after.grad_norm, found.opt_state[0].mu)) < 1e-5
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, MIXED], ids=str)
+def test_held_out_loss_is_the_same_on_every_mesh(sizes):
+    model, batch = build(small().model, "float32", jax.random.key(0)), random_batch(16, 16, 0)
+
+    def held_out(sizes):
+        devices = make_mesh(sizes)
+        specs = mesh.place(model, dict(devices.shape))
+        here = jax.device_put((model, batch), state.shardings(devices, (specs, type(batch)(*[train.ROWS] * 4))))
+        return jax.device_get(train.make_evaluate(devices, specs)(*here))
+
+    nats, tokens = held_out(sizes)
+    expected, count = held_out({})
+    assert tokens == count == (batch.segment_ids > 0).sum()
+    assert nats / tokens == pytest.approx(np.log(96), rel=0.05)
+    np.testing.assert_allclose(nats, expected, rtol=1e-6)
 
 
 def to_one_expert(current: TrainState) -> TrainState:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # By its folder: asked for `kernels.flash_attention`, an editable install's finder answers whatever `kernels` is.
 if not any(
-    Path(folder, "flash_attention").is_dir()
+    Path(folder, "moe_dispatch", "plan.py").is_file()
     for folder in getattr(importlib.util.find_spec("kernels"), "submodule_search_locations", None) or ()
 ):
     raise ImportError(

@@ -3,11 +3,13 @@
 tyro makes the parser and the help of the dataclasses; what it would refuse one mistake at a time is looked for first.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -69,18 +71,28 @@ def read_config(run_dir: Path) -> Config | None:
         raise ValueError(f"{path}: {error}; use another --run-dir.") from None
 
 
+def make_run_dir(run_dir: Path) -> None:
+    """Make the folder of a new run, before anything is computed for it; ValueError where it cannot be written."""
+    with _writing(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=run_dir).close()
+
+
 def write_config(config: Config) -> None:
-    """Save the configuration in its run directory."""
+    """Save the configuration in its run directory; ValueError where it cannot be written."""
     assert config.run_dir is not None
     fresh = config.run_dir / "config.json.tmp"
-    try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+    with _writing(config.run_dir):
         fresh.write_text(json.dumps(to_dict(config), indent=2) + "\n")
         fresh.replace(config.run_dir / "config.json")
+
+
+@contextlib.contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise ValueError(
-            f"run_dir={str(config.run_dir)!r} cannot be written: {error}; take another --run-dir."
-        ) from None
+        raise ValueError(f"run_dir={str(run_dir)!r} cannot be written: {error}; take another --run-dir.") from None
 
 
 def flags(kind: type) -> dict[str, Any]:
@@ -189,7 +201,9 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A sentence for each setting of a run that cannot change under it."""
+    """A sentence for each setting of a run that cannot change under it; of another preset's, for the preset alone."""
+    if saved.get("preset") != wanted.get("preset"):
+        saved = {"preset": saved["preset"]}
     for name, value in saved.items():
         if not prefix and name in FREE:
             continue

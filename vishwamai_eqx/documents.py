@@ -109,25 +109,27 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
     is_json = path.name.endswith(JSON_SUFFIXES)
     column = '"' + text_column.replace('"', '""') + '"'
     quoted = "'" + text_column.replace("'", "''") + "'"
+    # As a pattern that this file alone matches; and what folders are called is none of its columns.
+    name, options = glob.escape(str(path)), "hive_partitioning=false"
     # One thread: DuckDB then holds one part of the file at a time.
     with duckdb.connect(config={"threads": 1}) as connection:
         if is_json:
-            options = f"records=true, maximum_object_size={LINE_BYTES}, columns={{{quoted}: 'VARCHAR'}}"
+            options += f", records=true, maximum_object_size={LINE_BYTES}, columns={{{quoted}: 'VARCHAR'}}"
             source = f"read_json(?, format='newline_delimited', {options})"
         else:
-            source = "read_parquet(?)"
+            source = f"read_parquet(?, {options})"
         try:
-            described = connection.execute(f"DESCRIBE SELECT * FROM {source}", [str(path)]).fetchall()
-            kinds = {name: kind for name, kind, *_ in described}
+            described = connection.execute(f"DESCRIBE SELECT * FROM {source}", [name]).fetchall()
+            kinds = {column: kind for column, kind, *_ in described}
             if kinds.get(text_column) != "VARCHAR":
-                texts = [repr(name) for name, kind in kinds.items() if kind == "VARCHAR"]
+                texts = [repr(column) for column, kind in kinds.items() if kind == "VARCHAR"]
                 fix = (
                     f"set data.text_column to {' or '.join(texts)}"
                     if texts
                     else "it has no column of text; leave it out"
                 )
                 raise ValueError(f"{path}: no text column {text_column!r}; {fix}")
-            cursor = connection.execute(f"SELECT {column} FROM {source}", [str(path)])
+            cursor = connection.execute(f"SELECT {column} FROM {source}", [name])
             number = 0
             while rows := cursor.fetchmany(256):
                 for (text,) in rows:
@@ -159,8 +161,10 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                 try:
                     record = json.loads(line)
                     json.dumps(record, ensure_ascii=False).encode()
+                except RecursionError:
+                    return f"{path}, line {number}: nested too deep; mend or remove the line"
                 except ValueError as error:
-                    reason = error.msg if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+                    reason = "not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "msg", str(error))
                     return f"{path}, line {number}: not JSON ({reason}); mend or remove the line"
                 if isinstance(record, dict) and text_column in record and record[text_column] is None:
                     return f"{path}, line {number}: no text in column {text_column!r}; mend or remove the line"

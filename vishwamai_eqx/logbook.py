@@ -13,6 +13,7 @@ logged one step the later one stands. `events`, `spans` and `attempts` are the r
 Step s is the update that made `state.step` s, so a checkpoint of step s holds the work of rows 1 to s.
 """
 
+import glob
 import itertools
 import json
 import logging
@@ -47,7 +48,8 @@ _SEGMENT = re.compile(r"attempt-(\d+)(?:-from-(\d+))?\.jsonl")
 
 def _views(run_dir: Path) -> dict[str, str]:
     """SQL of each view, with the absolute path of the segments in it: a relative one would follow the client about."""
-    pattern = str(run_dir.resolve() / "metrics" / "attempt-*.jsonl").replace("'", "''")
+    folder = glob.escape(str(run_dir.resolve() / "metrics"))
+    pattern = f"{folder}/attempt-*.jsonl".replace("'", "''")
     columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _FIELDS.items())
 
     def rows(table: str) -> str:

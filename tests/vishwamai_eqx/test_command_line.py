@@ -7,6 +7,7 @@ import re
 import pytest
 
 import train
+from tests.histories import text
 from vishwamai_eqx import command_line
 from vishwamai_eqx.config import PRESETS, Config, from_dict, problems, to_dict
 
@@ -75,6 +76,10 @@ def test_a_run_of_another_configuration_is_refused(tmp_path, capsys):
     command_line.write_config(config)
     assert train.main(["--run-dir", str(tmp_path), "--model.num-layers", "5"]) == 2
     assert re.search(r"another configuration: model.num_layers=5 must be \d", capsys.readouterr().err)
+    # Of another preset most settings differ, and its name says it.
+    assert train.main(["--run-dir", str(tmp_path), "--preset", "base"]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "another configuration: preset='base' must be 'tiny' as it was saved" in sentence
     # What is only looked at may change, and what is not given comes from the run.
     again = command_line.parse(["--run-dir", str(tmp_path), "--checkpoint.every", "7", "--eval.every", "3"])
     assert again.checkpoint.every == 7
@@ -107,3 +112,14 @@ def test_dry_run_prints_totals(capsys):
     assert "1,497,589,248 parameters, 478,373,376 of them active" in capsys.readouterr().out
     assert train.main(["--preset", "base", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == {"total": 1_497_589_248, "active": 478_373_376}
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_a_tokenizer_is_trained(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command_line, "TemporaryFile", full)
+    monkeypatch.setattr(train.data, "train_tokenizer", lambda *_: pytest.fail("the tokenizer is trained"))
+    assert train.main(["--run-dir", str(tmp_path / "run"), "--data", text(tmp_path)]) == 2
+    sentence = capsys.readouterr().err.strip()
+    assert sentence.startswith("run_dir=") and "cannot be written: [Errno 28] No space left on device; take" in sentence

@@ -43,6 +43,25 @@ def test_a_record_is_a_document(records, name):
     assert whole(records / name, 'a "b"') == ["0", "1", "2", "3", "4"]
 
 
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("name", ["r[1]", "r*1", "r?1", "text=web/r"])
+def test_a_path_is_no_pattern_and_no_column(records, name, suffix):
+    """Of another file that the name would match as a pattern nothing is read, and no text is a folder's name."""
+    path = records / f"{name}{suffix}"
+    path.parent.mkdir(exist_ok=True)
+    (records / f"r{suffix}").rename(path)
+    (records / f"r1{suffix}").write_text("{'another': 'file'}")
+    (records / f"r11{suffix}").write_text("{'another': 'file'}")
+    assert whole(path) == TEXTS
+
+
+def test_a_line_that_is_nested_too_deep_is_named(tmp_path):
+    path = tmp_path / "deep.jsonl"
+    path.write_text(f'{{"text": {"[" * 100_000}{"]" * 100_000}}}\n{{"text": }}\n')
+    with pytest.raises(ValueError, match=r"deep.jsonl, line 1: nested too deep; mend or remove the line"):
+        whole(path)
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
 def test_a_text_file_is_a_document_whatever_the_block(tmp_path, monkeypatch, size):
     monkeypatch.setattr(documents, "BLOCK_BYTES", size)

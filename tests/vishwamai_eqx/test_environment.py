@@ -27,7 +27,8 @@ def test_quiet_on_cpu_with_libtpu_installed():
 
 
 def test_another_package_called_kernels(tmp_path):
-    (tmp_path / "kernels").mkdir()
+    # As other such packages do, it has a module of a name that ours has too.
+    (tmp_path / "kernels" / "flash_attention").mkdir(parents=True)
     (tmp_path / "kernels" / "__init__.py").touch()
     found = python("import vishwamai_eqx", tmp_path, PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert found.returncode == 1
