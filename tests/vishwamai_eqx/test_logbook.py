@@ -298,12 +298,14 @@ def test_a_row_never_waits_for_the_disk(tmp_path, monkeypatch):
 def test_the_folder_can_be_moved(tmp_path):
     with Logbook(tmp_path / "old", 0) as log:
         log.step(step=1, loss=1.0)
-    (tmp_path / "old").rename(tmp_path / "new")
-    assert losses(tmp_path / "new") == {1: 1.0}
-    write_views(tmp_path / "new")
-    with duckdb.connect(str(tmp_path / "new" / "metrics.duckdb"), read_only=True) as connection:
+    # A name that as a pattern would match another.
+    moved = tmp_path / "new[1]*"
+    (tmp_path / "old").rename(moved)
+    assert losses(moved) == {1: 1.0}
+    write_views(moved)
+    with duckdb.connect(str(moved / "metrics.duckdb"), read_only=True) as connection:
         assert connection.execute("SELECT loss FROM steps").fetchall() == [(1.0,)]
-    assert {path.name for path in (tmp_path / "new").iterdir()} == {"metrics", "metrics.duckdb"}
+    assert {path.name for path in (moved).iterdir()} == {"metrics", "metrics.duckdb"}
 
 
 def test_only_process_0_writes(tmp_path):
