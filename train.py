@@ -161,6 +161,25 @@ def make_step(
     return jax.jit(sharded, donate_argnums=0)
 
 
+def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wrapped, tuple[TrainState, Batch]]:
+    """The step of a mesh that may not be here, and the shapes, types and placement of what it takes."""
+    transform = optim.optimizer(config.optim)
+    shapes = state.abstract_state(config.model, dtype, transform)
+    specs = state.placement(shapes, dict(mesh.shape), transform)
+    microbatches, rows = config.optim.microbatches, config.optim.batch_size
+    batch = jax.ShapeDtypeStruct(
+        (microbatches, rows // microbatches, config.model.max_seq_len),
+        jnp.int32,
+        sharding=NamedSharding(mesh, MICROBATCHES),
+    )
+    abstract = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state.shardings(mesh, specs),
+    )
+    return make_step(config, mesh, specs, transform), (abstract, Batch(*[batch] * len(Batch._fields)))
+
+
 def make_evaluate(mesh: Mesh, specs: VishwamAI) -> Callable[[VishwamAI, Batch], tuple[Array, Array]]:
     """The sum of the cross-entropy in nats over a batch, and its tokens."""
 
@@ -223,25 +242,21 @@ def set_up(config: Config) -> Setup:
     """Tokenize the text, lay the state out over the mesh, compile the step; no array is made yet."""
     corpus = data.load_documents(config.data, config.seed)
     tokenizer = read_tokenizer(config, corpus)
-    sizes = parse_mesh(config.mesh, jax.device_count())
-    mesh, transform, dtype = make_mesh(sizes), optim.optimizer(config.optim), compute_dtype(config.precision)
-    abstract = state.abstract_state(config.model, dtype, transform)
-    specs = state.placement(abstract, sizes, transform)
-    shardings, fed = state.shardings(mesh, specs), NamedSharding(mesh, MICROBATCHES)
-    abstract = jax.tree.map(placed, abstract, shardings)
-    microbatches, length, rows = config.optim.microbatches, config.model.max_seq_len, config.optim.batch_size
+    mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
-    batch = abstract_batch(fed, microbatches, rows // microbatches, length)
-    compiling = ThreadPoolExecutor(1).submit(make_step(config, mesh, specs, transform).lower(abstract, batch).compile)
+    step, (abstract, batch) = abstract_step(config, mesh, dtype)
+    compiling = ThreadPoolExecutor(1).submit(step.lower(abstract, batch).compile)
+    length, rows = config.model.max_seq_len, config.optim.batch_size
     dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+    shardings, transform = jax.tree.map(lambda leaf: leaf.sharding, abstract), optim.optimizer(config.optim)
     return Setup(
         dataset,
         mesh,
         dtype,
-        specs,
+        jax.tree.map(lambda sharding: sharding.spec, shardings),
         abstract,
         lambda: state.initialise(config.model, dtype, transform, config.seed, shardings),
-        fed,
+        NamedSharding(mesh, MICROBATCHES),
         compiling,
     )
 
@@ -447,34 +462,12 @@ class Speed:
         return row
 
 
-def abstract_batch(sharding: NamedSharding, *shape: int) -> Batch:
-    """A batch's shapes, types and placement."""
-    return Batch(*(jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding) for _ in Batch._fields))
-
-
-def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
 def progress(console: Console) -> Progress:
     """Steps, the bar, what the loop notes, time gone and time left."""
     note = TextColumn("{task.fields[note]}")
     return Progress(
         MofNCompleteColumn(), BarColumn(), note, TimeElapsedColumn(), TimeRemainingColumn(), console=console
     )
-
-
-def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wrapped, tuple[TrainState, Batch]]:
-    """The step of a mesh that may not be here, and the shapes, types and placement of what it takes."""
-    transform = optim.optimizer(config.optim)
-    abstract = state.abstract_state(config.model, dtype, transform)
-    specs = state.placement(abstract, dict(mesh.shape), transform)
-    microbatches, rows = config.optim.microbatches, config.optim.batch_size
-    batch = abstract_batch(
-        NamedSharding(mesh, MICROBATCHES), microbatches, rows // microbatches, config.model.max_seq_len
-    )
-    abstract = jax.tree.map(placed, abstract, state.shardings(mesh, specs))
-    return make_step(config, mesh, specs, transform), (abstract, batch)
 
 
 def main(argv: list[str], started: float | None = None) -> int:

@@ -46,7 +46,9 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
     base = dataclasses.replace(base, dry_run=False, topology=None, plan=False, json=False, replay=None)
     config = tyro.cli(Config, default=base, args=_joined(argv), description=description)
     config = dataclasses.replace(config, run_dir=run_dir)
-    if saved is not None and (differences := list(_differences(to_dict(saved), to_dict(config)))):
+    # Of another preset most settings differ, which its name says.
+    held = {} if saved is None else to_dict(saved) if saved.preset == config.preset else {"preset": saved.preset}
+    if differences := list(_differences(held, to_dict(config))):
         raise ValueError("\n".join(f"{run_dir} is a run of another configuration: {line}" for line in differences))
     return config
 
@@ -201,9 +203,7 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A sentence for each setting of a run that cannot change under it; of another preset's, for the preset alone."""
-    if saved.get("preset") != wanted.get("preset"):
-        saved = {"preset": saved["preset"]}
+    """A sentence for each setting of a run that cannot change under it."""
     for name, value in saved.items():
         if not prefix and name in FREE:
             continue

@@ -120,9 +120,9 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
             source = f"read_parquet(?, {options})"
         try:
             described = connection.execute(f"DESCRIBE SELECT * FROM {source}", [name]).fetchall()
-            kinds = {column: kind for column, kind, *_ in described}
+            kinds = {each: kind for each, kind, *_ in described}
             if kinds.get(text_column) != "VARCHAR":
-                texts = [repr(column) for column, kind in kinds.items() if kind == "VARCHAR"]
+                texts = [repr(each) for each, kind in kinds.items() if kind == "VARCHAR"]
                 fix = (
                     f"set data.text_column to {' or '.join(texts)}"
                     if texts

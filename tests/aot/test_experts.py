@@ -1,7 +1,5 @@
 """The experts' kernels through the TPU compiler itself, for generations that are not here."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,12 +10,6 @@ import kernels
 from kernels import topology
 from kernels.tpu import GENERATIONS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-    ),
-]
 NAMES = ("grouped_matmul_fwd", "grouped_matmul_dlhs", "grouped_matmul_drhs")
 MOVES = ("moe_dispatch_rows", "moe_dispatch_sum", "moe_dispatch_dot")
 ROWS, GROUPS = 600, 4

@@ -1,7 +1,6 @@
 """The flash attention kernels through the TPU compiler itself, for generations that are not here."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 import kernels
 from kernels import topology
+from kernels.tpu import GENERATIONS
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-    ),
-]
-GENERATIONS = ("v2", "v3", "v4", "v5e", "v5p", "v6e", "7x")
 HEADS, KV_HEADS, LENGTH = 4, 2, 1024
 
 

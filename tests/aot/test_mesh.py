@@ -1,6 +1,5 @@
 """What a mixture layer on a mixed mesh sends over the wires of a TPU, counted in the compiled program."""
 
-import importlib.util
 import math
 import re
 from collections import defaultdict
@@ -17,12 +16,6 @@ from vishwamai_eqx.config import AXES, BATCH_AXES
 from vishwamai_eqx.mesh import gather, on_mesh, place, sum_over
 from vishwamai_eqx.moe import MoE
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-    ),
-]
 WIDTH, FFN, EXPERTS, ROWS, SEQ = 256, 512, 8, 16, 64
 BYTES = {"bf16": 2, "f32": 4, "s32": 4}
 COLLECTIVE = re.compile(

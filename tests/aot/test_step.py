@@ -1,7 +1,6 @@
 """The training step through the TPU compiler: what fits, what it multiplies and exchanges, beside the estimates."""
 
 import functools
-import importlib.util
 import json
 from typing import Any
 
@@ -11,12 +10,6 @@ import train
 from vishwamai_eqx import command_line, flops
 from vishwamai_eqx.config import PRESETS, ModelConfig
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="no libtpu here: pip install 'jax[tpu]' on x86-64 Linux"
-    ),
-]
 # Small, but scanned, rematerialised and sharded as the large ones are; of an inner width that fills registers, as what
 # kernels pad it by they multiply too.
 SMALL = (

@@ -305,7 +305,7 @@ def test_the_folder_can_be_moved(tmp_path):
     write_views(moved)
     with duckdb.connect(str(moved / "metrics.duckdb"), read_only=True) as connection:
         assert connection.execute("SELECT loss FROM steps").fetchall() == [(1.0,)]
-    assert {path.name for path in (moved).iterdir()} == {"metrics", "metrics.duckdb"}
+    assert {path.name for path in moved.iterdir()} == {"metrics", "metrics.duckdb"}
 
 
 def test_only_process_0_writes(tmp_path):
