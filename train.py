@@ -35,6 +35,7 @@ from vishwamai_eqx import (
     logbook,
     nonfinite,
     optim,
+    run,
     skip,
     state,
 )
@@ -205,14 +206,13 @@ def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
     folder = config.run_dir / "tokenizer"
     # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
     if command_line.read_config(config.run_dir) is not None:
-        tokenizer = VishwamAITokenizer(folder)
+        return run.tokenizer_of(config.run_dir, config)
+    command_line.make_run_dir(config.run_dir)
+    if config.tokenizer is not None:
+        tokenizer = VishwamAITokenizer(config.tokenizer)
+        tokenizer.save(folder)
     else:
-        command_line.make_run_dir(config.run_dir)
-        if config.tokenizer is not None:
-            tokenizer = VishwamAITokenizer(config.tokenizer)
-            tokenizer.save(folder)
-        else:
-            tokenizer = data.train_tokenizer(corpus, config.model.vocab_size, folder)
+        tokenizer = data.train_tokenizer(corpus, config.model.vocab_size, folder)
     if tokenizer.vocab_size != config.model.vocab_size:
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
@@ -265,7 +265,6 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
     """Run to the last step, or to a signal; the exit code. `started` is when the program did, by `perf_counter`."""
     assert config.run_dir is not None
     dataset, mesh, dtype, specs, abstract, new_state, fed, compiling = set_up(config)
-    command_line.write_config(config)
 
     evaluate, held_out = make_evaluate(mesh, specs.model), NamedSharding(mesh, ROWS)
     steps, microbatches = config.optim.steps, config.optim.microbatches
@@ -293,7 +292,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             configuration=to_dict(config),
-            fingerprint=dataset.fingerprint,
+            fingerprints=dataset.fingerprints,
             on_event=log.event,
         ) as checkpoints,
         Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=log.event) as watchdog,
@@ -335,7 +334,9 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         clock = Clock(started)
         current = checkpoints.restore(abstract) or new_state()
         first = int(current.step)
+        command_line.write_config(config)
         refusals.end()
+        watchdog.step(first)
         signals.waits = True
         log.resume(first)
         log.span("start", clock.lap())
@@ -386,11 +387,15 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
                 console.print(f"{signals.received.name}: step {n} is saved; the same command goes on from there")
                 return signals.exit_code
         skips.too_many(steps, None)
+        checkpoints.wait()
+        log.span("save", clock.lap(), step=steps)
+        # Nothing is left to save: from here on a signal ends the program at once, as does one since the last step.
+        signals.waits = False
+        if signals.received:
+            return signals.exit_code
         result = look(steps, current.model, None)
         texts = write(steps, current.model)
         log.span("eval", clock.lap(), step=steps)
-        checkpoints.wait()
-        log.span("save", clock.lap(), step=steps)
         log.flush()
         if jax.process_index() == 0:
             console.print(accounting.goodput(config.run_dir), highlight=False)
@@ -419,7 +424,7 @@ def replay(config: Config, target: int) -> int:
     dataset, mesh, _, _, abstract, new_state, fed, compiling = set_up(config)
     folder, step = config.run_dir / "checkpoints", compiling.result()
     if any(saved < target for saved in checkpoint.steps(folder)):
-        current = checkpoint.read(folder, abstract, before=target, fingerprint=dataset.fingerprint)
+        current = checkpoint.read(folder, abstract, before=target, fingerprints=dataset.fingerprints)
     else:
         current = new_state()
     first = int(current.step)

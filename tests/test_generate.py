@@ -14,6 +14,7 @@ import vishwamai_eqx
 from tests.histories import SETTINGS, text
 from vishwamai_eqx import command_line, export, gemma, manifest
 from vishwamai_eqx.gemma_config import GemmaConfig
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_an_export_gives_the_run_s_logits_to_the_last_bit(run_dir, exported):
 
 def test_an_export_says_what_it_is(run_dir, exported):
     card = (exported / "README.md").read_text()
-    assert manifest.read(run_dir / "checkpoints" / "3")["fingerprint"] in card
+    assert manifest.read(run_dir / "checkpoints" / "3")["fingerprints"]["data"] in card
     assert "| steps | 3 of 8 rows of 64 tokens |" in card and "held-out bits per byte | " in card
     assert "not measured" not in card
     assert vishwamai_eqx.load(exported).tokenizer.fingerprint == vishwamai_eqx.load(run_dir).tokenizer.fingerprint
@@ -105,6 +106,20 @@ def test_a_tokenizer_of_more_pieces_than_embeddings_is_refused(gemma_dir, tmp_pa
 def test_a_folder_without_a_tokenizer_is_refused(capsys):
     assert generate.main(["--model", "tests/parity/gemma/gemma", "--prompt", "abc"]) == 2
     assert "tokenizer.model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pieces", [400, 420])
+def test_an_exchanged_tokenizer_is_refused(run_dir, exported, tmp_path, pieces, capsys):
+    """One of as many pieces fits an export's embedding, which keeps no fingerprint."""
+    text(tmp_path)
+    other = VishwamAITokenizer.train(
+        [path.read_text().upper() for path in tmp_path.glob("*.txt")], pieces, tmp_path / "other"
+    )
+    for number, folder in enumerate((run_dir, exported)[: 1 if pieces == 400 else 2]):
+        copied = shutil.copytree(folder, tmp_path / str(number))
+        other.save(copied / "tokenizer")
+        assert generate.main(["--run-dir", str(copied), "--prompt", "abc"]) == 2
+        assert "the run's tokenizer has been exchanged; put its own back" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

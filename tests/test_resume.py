@@ -82,12 +82,13 @@ def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):
     run_dir, process = killed["data=1"]
     process.wait(500)
     victim = Path(corpus).parent / "7.txt"
-    before = victim.read_text()
+    before, settings = victim.read_text(), (run_dir / "config.json").read_text()
     victim.write_text(before.replace("a", "b"))
     try:
-        assert train.main(arguments(run_dir, corpus, "data=1")) == 2
+        assert train.main([*arguments(run_dir, corpus, "data=1"), "--eval.rows=16"]) == 2
     finally:
         victim.write_text(before)
+    assert (run_dir / "config.json").read_text() == settings
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "fingerprint" in line]
     assert "have changed in mid-run; put them back, or take another --run-dir" in sentence
 

@@ -73,14 +73,26 @@ def compare(folder: Path, about: Mapping[str, Any], wanted: Mapping[str, Any], *
 
 
 def restore(orbax: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The arrays of those names, each placed as `wanted` says, on the first device where it says nothing."""
+    """The arrays of those names, each placed as `wanted` says, on the first device where it says nothing.
+
+    Raises ValueError where files whose checksums are right are none of a state.
+    """
     single = SingleDeviceSharding(jax.local_devices()[0])
     abstract = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or single)
         for name, leaf in wanted.items()
     }
     arguments = ocp.checkpoint_utils.construct_restore_args(abstract)
-    restored = orbax.restore(
-        folder / "state", args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
-    )
+    try:
+        restored = orbax.restore(
+            folder / "state", args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
+        )
+    except (OSError, MemoryError, jax.errors.JaxRuntimeError):
+        raise  # the machine's, not the files'
+    except Exception as error:
+        # Orbax raises whatever it stumbles over. Not what damage is, so it is not put aside for an older step.
+        raise ValueError(
+            f"{folder}/state holds no state although its files are as they were written ({type(error).__name__}: "
+            f"{error}); move {folder} away to go on from the checkpoint before it"
+        ) from error
     return {name: restored[name] for name in wanted}

@@ -35,6 +35,11 @@ from vishwamai_eqx.version import code_version
 
 _logger = logging.getLogger(__name__)
 
+# What may have happened to what a state learned from, by the name of its fingerprint.
+_CHANGES = {
+    "data": "files or their weights have changed in mid-run; put them back",
+    "tokenizer": "the run's tokenizer has been exchanged; put its own back",
+}
 # How long the processes of a run wait for each other's part of a save.
 _BARRIER_MS = 20 * 60 * 1000
 
@@ -62,7 +67,8 @@ class Checkpoints:
       save (0: never for that).
     - `keep`: newest checkpoints that stay. Multiples of `keep_every` stay for good (0: none do).
     - `configuration`: JSON-ready settings, kept in every manifest.
-    - `fingerprint`: names the data that the state learns from, kept in every manifest; other data is refused.
+    - `fingerprints`: names of the `data` and the `tokenizer` that the state learns from, kept in every manifest; others
+      are refused.
     - `on_event`: called as `on_event(kind, message, step=step)`, from a thread too; the kinds are `checkpoint`,
       `checkpoint_failed` and `checkpoint_damaged`.
     """
@@ -76,7 +82,7 @@ class Checkpoints:
         keep: int = 3,
         keep_every: int = 0,
         configuration: Mapping[str, Any] | None = None,
-        fingerprint: str = "",
+        fingerprints: Mapping[str, str] | None = None,
         on_event: Callable[..., None] = _log,
     ):
         for name, value, least in (("every", every, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
@@ -84,7 +90,11 @@ class Checkpoints:
                 raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
         self.directory = Path(directory).resolve()
         self.every, self.minutes, self.keep, self.keep_every = every, minutes, keep, keep_every
-        self._about = {"configuration": dict(configuration or {}), "code": code_version(), "fingerprint": fingerprint}
+        self._about = {
+            "configuration": dict(configuration or {}),
+            "code": code_version(),
+            "fingerprints": dict(fingerprints or {}),
+        }
         self._on_event = on_event
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
@@ -155,8 +165,8 @@ class Checkpoints:
           sharding, on whatever mesh that is. What is not an array is taken over as it is.
         - `step`: this one and no other.
 
-        Raises ValueError if the leaves of the checkpoint are not those of `abstract`, the data it learned from is not
-        this data, or `step` is not a good one.
+        Raises ValueError if the leaves of the checkpoint are not those of `abstract`, the data or tokenizer that it
+        learned from are not these, `step` is not a good one, or files that are as they were written hold no state.
         """
         self._join()
         wanted = arrays.by_name(abstract)
@@ -178,7 +188,7 @@ class Checkpoints:
             self._agree(chosen)
         about = manifest.read(folder)
         arrays.compare(folder, about, wanted, whole=True)
-        _same_data(folder, about, self._about["fingerprint"])
+        _same_origin(folder, about, self._about["fingerprints"])
         self._settled = chosen
         return arrays.assemble(abstract, arrays.restore(self._orbax, folder, wanted))
 
@@ -291,14 +301,14 @@ def read(
     *,
     step: int | None = None,
     before: int | None = None,
-    fingerprint: str | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> State:
     """Restore from a directory that others may be training in, without changing anything there.
 
     `abstract` may be a part of what was saved, `{"model": abstract_model}` for one: the names of its leaves decide. It
     is the newest checkpoint that is restored, or the newest one `before` a step, or that of `step` and no other.
     Damaged checkpoints are passed over with a warning, and so are those that are deleted meanwhile. Raises ValueError
-    where none is left, the leaves do not fit, or the data that was learned from has another `fingerprint`.
+    where none is left, the leaves do not fit, or one of those `fingerprints` of what was learned from is another.
     """
     directory, wanted, orbax = Path(directory).resolve(), arrays.by_name(abstract), arrays.checkpointer()
     found = [number for number in steps(directory) if before is None or number < before]
@@ -308,8 +318,7 @@ def read(
         if reason is None:
             about = manifest.read(folder)
             arrays.compare(folder, about, wanted, whole=False)
-            if fingerprint is not None:
-                _same_data(folder, about, fingerprint)
+            _same_origin(folder, about, fingerprints or {})
             return arrays.assemble(abstract, arrays.restore(orbax, folder, wanted))
         _logger.warning("checkpoint %s is passed over: %s", folder, reason)
     which = "" if step is None else f" {step}; {_those_of(directory)}"
@@ -326,13 +335,15 @@ def _those_of(directory: Path) -> str:
     return "it has " + (", ".join(map(str, sorted(steps(directory)))) or "none")
 
 
-def _same_data(folder: Path, about: Mapping[str, Any], fingerprint: str) -> None:
-    """Raise ValueError if a checkpoint learned from other data: its step would mean other batches from here on."""
-    if about["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{folder} learned from the data with fingerprint={about['fingerprint']!r} and the data here has "
-            f"{fingerprint!r}: files or their weights have changed in mid-run; put them back, or take another --run-dir"
-        )
+def _same_origin(folder: Path, about: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+    """Raise ValueError if a checkpoint learned from other data, whose batches and so steps would be others from here
+    on, or from another tokenizer, whose ids would mean other text."""
+    for name, here in fingerprints.items():
+        if (then := about["fingerprints"].get(name)) != here:
+            raise ValueError(
+                f"{folder} learned from the {name} with fingerprint={then!r} and the {name} here has {here!r}: "
+                f"{_CHANGES[name]}, or take another --run-dir"
+            )
 
 
 def _lock(directory: Path) -> int:

@@ -41,6 +41,11 @@ def parse(argv: Sequence[str], description: str | None = None) -> Config:
     if given == "" or not occupied.is_dir():
         why = "a folder's name" if given == "" else f"a folder's or a new one's, and {occupied} is a file"
         raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{preset or 'tiny'}.")
+    if "?" in str(run_dir.absolute()):
+        raise ValueError(
+            f"run_dir={given!r}: no folder of its path may have ? in its name, after which DuckDB looks for options; "
+            "take another --run-dir."
+        )
     saved = read_config(run_dir)
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
     base = dataclasses.replace(base, dry_run=False, topology=None, plan=False, json=False, replay=None)

@@ -62,6 +62,11 @@ class Dataset:
     fingerprint: str
     """Sixteen hexadecimal digits: two runs with the same ones see the same batches."""
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that a run learns from; the data's is another with another tokenizer, which is therefore first."""
+        return {"tokenizer": self.tokenizer.fingerprint, "data": self.fingerprint}
+
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n of the run, or those of its rows that a process needs."""
         first = n * self.batch_size

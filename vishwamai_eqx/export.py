@@ -15,7 +15,6 @@ import tyro
 from vishwamai_eqx import huggingface_model, logbook, manifest, run
 from vishwamai_eqx.config import to_dict
 from vishwamai_eqx.parameters import count
-from vishwamai_eqx.tokenizer import VishwamAITokenizer
 from vishwamai_eqx.version import __version__
 
 CARD = """# {name}
@@ -56,8 +55,8 @@ def export(run_dir: Path, directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"directory={str(directory)!r} must be empty or new: nothing is overwritten; take another.")
     config = run.configuration(run_dir)
-    tokenizer = VishwamAITokenizer(run_dir / "tokenizer")
-    model, step = run.trained(run_dir, config)
+    tokenizer = run.tokenizer_of(run_dir, config)
+    model, step = run.trained(run_dir, config, tokenizer)
     about = manifest.read(run_dir / "checkpoints" / str(step))
     bits = logbook.connect(run_dir).execute(
         "SELECT bits_per_byte FROM evals WHERE step <= ? ORDER BY step DESC LIMIT 1", [step]
@@ -75,7 +74,7 @@ def export(run_dir: Path, directory: Path) -> None:
         step=step,
         batch=config.optim.batch_size,
         seq=shape.max_seq_len,
-        fingerprint=about["fingerprint"],
+        fingerprint=about["fingerprints"]["data"],
         bits="not measured" if found is None else f"{found[0]:.4f}",
     )
     (directory / "README.md").write_text(card)

@@ -172,7 +172,7 @@ def _well_formed(body: dict[str, Any]) -> bool:
     """Whether what is read of a manifest has the types that are relied on; a checksum is right on any nonsense."""
     return (
         type(body["step"]) is int
-        and type(body["fingerprint"]) is str
+        and all(type(value) is str for value in body["fingerprints"].values())
         and all(type(sums["bytes"]) is int and type(sums["crc32"]) is str for sums in body["files"].values())
         and all(
             type(leaf["path"]) is type(leaf["dtype"]) is str and all(type(size) is int for size in leaf["shape"])

@@ -32,14 +32,14 @@ def load(run_dir: str | Path, *, step: int | None = None, cast: bool = True) -> 
     """
     run_dir = Path(run_dir)
     config = configuration(run_dir)
-    tokenizer = VishwamAITokenizer(run_dir / "tokenizer")
+    tokenizer = tokenizer_of(run_dir, config)
     if huggingface_model.files_in(run_dir):
         if step is not None:
             raise ValueError(f"step={step}: {run_dir} is an exported model, which has one state; leave it out.")
         abstract = _abstract(config)
         model = huggingface_model.read(run_dir, abstract, huggingface_model.by_path(abstract), np.dtype(np.float32))
     else:
-        model, _ = trained(run_dir, config, step)
+        model, _ = trained(run_dir, config, tokenizer, step)
     return Loaded(gather(model, None, compute_dtype(config.precision)) if cast else model, tokenizer, config)
 
 
@@ -51,10 +51,27 @@ def configuration(run_dir: Path) -> Config:
     return config
 
 
-def trained(run_dir: Path, config: Config, step: int | None = None) -> tuple[VishwamAI, int]:
-    """The model of a run's newest good checkpoint, or of the one of `step`, in f32, and its step."""
+def tokenizer_of(run_dir: Path, config: Config) -> VishwamAITokenizer:
+    """The tokenizer of a run that has begun, or of an export; ValueError if it cannot be its own."""
+    tokenizer = VishwamAITokenizer(run_dir / "tokenizer")
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"{run_dir / 'tokenizer'} has {tokenizer.vocab_size} pieces and must have the model's "
+            f"{config.model.vocab_size}: the run's tokenizer has been exchanged; put its own back."
+        )
+    return tokenizer
+
+
+def trained(
+    run_dir: Path, config: Config, tokenizer: VishwamAITokenizer, step: int | None = None
+) -> tuple[VishwamAI, int]:
+    """The model of a run's newest good checkpoint, or of the one of `step`, in f32, and its step.
+
+    Raises ValueError if there is none, or if it learned from another tokenizer.
+    """
     wanted = {"model": _abstract(config), "step": jax.ShapeDtypeStruct((), jnp.int32)}
-    saved = checkpoint.read(run_dir / "checkpoints", wanted, step=step)
+    fingerprints = {"tokenizer": tokenizer.fingerprint}
+    saved = checkpoint.read(run_dir / "checkpoints", wanted, step=step, fingerprints=fingerprints)
     return saved["model"], int(saved["step"])
 
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.chaos.victim import same, state
-from vishwamai_eqx import command_line, data
+from vishwamai_eqx import command_line, data, manifest
 from vishwamai_eqx.checkpoint import Checkpoints
 from vishwamai_eqx.config import PRESETS, Config, DataConfig, problems, to_dict
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
@@ -203,6 +203,23 @@ def test_any_checkpoint_folder(victims, tmp_path_factory):
         outcomes.append(step)
         shutil.rmtree(victim.directory)
     assert {None, 1} <= set(outcomes) and outside.read_text() == "not yours"
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+@pytest.mark.parametrize("content", [b"{}", b'{"tree_metadata": "x"}', b"nonsense" * 40])
+def test_nonsense_with_the_right_checksum(victims, name, content):
+    """Whoever can write a file can write its checksum: refused, and not put aside, as it was never a state."""
+    victim = victims()
+    folder = victim.directory / "2"
+    (folder / "state" / name).write_bytes(content)
+    about = manifest.read(folder)
+    del about["files"]
+    manifest.write(folder, manifest.checksums(folder, manifest.files(folder)), **about)
+    found = refused_or(victim.restore)
+    assert isinstance(found, str) and f"{folder}/state holds no state although its files are as they were" in found
+    assert victim.events == []
+    shutil.rmtree(folder)
+    assert same(victim.restore(), state(1))
 
 
 def test_a_directory_that_leads_elsewhere(victims, tmp_path):

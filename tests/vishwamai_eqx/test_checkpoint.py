@@ -197,16 +197,20 @@ def test_other_leaves_are_refused(opened, where, leaf, sentence):
         assert checkpoints.latest_step() == 1
 
 
-def test_other_data_is_refused(opened, tmp_path):
-    with opened(fingerprint="0123") as checkpoints:
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [("data", "weights have changed .*; put them back"), ("tokenizer", "put its own back")],
+)
+def test_what_it_did_not_learn_from_is_refused(opened, tmp_path, name, fix):
+    with opened(fingerprints={name: "0123"}) as checkpoints:
         checkpoints.save(1, state(1))
         assert int(checkpoints.restore(abstract(state(0))).step) == 1
-    changed = r"learned from the data with fingerprint='0123' and the data here has '4567': .* put them back, or take"
-    with opened(fingerprint="4567") as checkpoints, pytest.raises(ValueError, match=changed):
+    changed = rf"learned from the {name} with fingerprint='0123' and the {name} here has '4567': .*{fix}, or take"
+    with opened(fingerprints={name: "4567"}) as checkpoints, pytest.raises(ValueError, match=changed):
         checkpoints.restore(abstract(state(0)))
-    assert int(read(tmp_path / "checkpoints", abstract(state(0)), fingerprint="0123").step) == 1
+    assert int(read(tmp_path / "checkpoints", abstract(state(0)), fingerprints={name: "0123"}).step) == 1
     with pytest.raises(ValueError, match=changed):
-        read(tmp_path / "checkpoints", abstract(state(0)), fingerprint="4567")
+        read(tmp_path / "checkpoints", abstract(state(0)), fingerprints={name: "4567"})
 
 
 @pytest.mark.parametrize("leaf", [1, 2.5, np.ones(3)])
@@ -357,7 +361,7 @@ def test_checksums_are_quicker_than_a_disk(tmp_path):
 
 
 def test_a_manifest_is_whole_or_damaged(tmp_path):
-    manifest.write(tmp_path, {}, step=1, fingerprint="", leaves=[])
+    manifest.write(tmp_path, {}, step=1, fingerprints={}, leaves=[])
     whole = (tmp_path / manifest.NAME).read_bytes()
     assert manifest.read(tmp_path)["step"] == 1
     assert json.loads(whole)["crc32"]

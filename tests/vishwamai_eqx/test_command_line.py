@@ -51,6 +51,7 @@ REFUSED = [
     ("--experts pallas_tpu", "model.experts='pallas_tpu' must be an implementation that runs on cpu; take auto"),
     ("--run-dir=", "run_dir='' must be a folder's name"),
     ("--run-dir /dev/null/x", "run_dir='/dev/null/x' must be a folder's or a new one's, and /dev/null is a file"),
+    ("--run-dir runs/what?", "run_dir='runs/what?': no folder of its path may have ? in its name"),
     ("--data nowhere/*.txt", "data.files='nowhere/*.txt'"),
     ("--tokenizer nowhere.model", "nowhere.model"),
 ]

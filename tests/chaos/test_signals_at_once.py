@@ -1,4 +1,4 @@
-"""A signal before the first step: there is nothing to save, and nobody waits for what is under way."""
+"""A signal before the first step or after the last: there is nothing to save, so nobody waits for what is under way."""
 
 import os
 import signal
@@ -10,11 +10,13 @@ import pytest
 
 import train
 from tests.histories import SETTINGS, text
+from vishwamai_eqx import checkpoint
 
 # What takes long is made to take longer, and says when it has begun.
 PROGRAM = """
 import sys, time
 import jax, train
+from vishwamai_eqx import evaluation
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 def wait(*_):
@@ -23,6 +25,8 @@ def wait(*_):
 
 if sys.argv[1] == "tokenizing":
     VishwamAITokenizer.encode_batch = wait
+elif sys.argv[1] == "evaluating":
+    evaluation.held_out = wait
 else:
     jax.stages.Lowered.compile = wait
 sys.exit(train.main(sys.argv[2:]))
@@ -30,10 +34,11 @@ sys.exit(train.main(sys.argv[2:]))
 
 
 @pytest.mark.parametrize(
-    ("what", "number", "code"), [("tokenizing", signal.SIGTERM, 143), ("compiling", signal.SIGINT, 130)]
+    ("what", "number", "code"),
+    [("tokenizing", signal.SIGTERM, 143), ("compiling", signal.SIGINT, 130), ("evaluating", signal.SIGTERM, 143)],
 )
 def test_it_leaves_at_once(tmp_path, what, number, code):
-    arguments = ["--run-dir", str(tmp_path / "run"), "--data", text(tmp_path), *SETTINGS]
+    arguments = ["--run-dir", str(tmp_path / "run"), "--data", text(tmp_path), "--steps=2", *SETTINGS]
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(train.__file__).parent),
@@ -47,4 +52,5 @@ def test_it_leaves_at_once(tmp_path, what, number, code):
     assert run.returncode == code, errors
     assert f"{number.name}: exiting" in errors and "Traceback" not in errors
     # No run has begun, so the same command with other settings is none that is refused.
-    assert what == "compiling" or not (tmp_path / "run" / "config.json").exists()
+    assert what != "tokenizing" or not (tmp_path / "run" / "config.json").exists()
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == ([2] if what == "evaluating" else [])
