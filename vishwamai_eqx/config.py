@@ -7,6 +7,7 @@ two runs differ in it. Lengths are in tokens, shares between 0 and 1, `every` in
 import dataclasses
 import difflib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -290,6 +291,24 @@ def problems(config: Config, devices: int, platform: str | None = None) -> list[
         if not holds:
             found.append(f"{name}={value!r} must be {constraint}; take {fix}.")
 
+    _alone(require, config, platform)
+    # What two settings must be to each other is not asked where one of them can be no number of anything.
+    impossible = {sentence.partition("=")[0] for sentence in found}
+
+    def possible(*names: str) -> bool:
+        return impossible.isdisjoint(names)
+
+    _together(require, possible, config)
+    try:
+        sizes = parse_mesh(config.mesh, devices)
+    except ValueError as error:
+        return [*found, str(error)]
+    _on_mesh(require, possible, config, sizes)
+    return found
+
+
+def _alone(require: Callable[..., None], config: Config, platform: str | None) -> None:
+    """What each setting must be whatever the others are, or are but for a switch."""
     model, data, optim = config.model, config.data, config.optim
     require("preset", config.preset, config.preset in PRESETS, f"one of {', '.join(PRESETS)}", nearest(config.preset))
     for section in ("model", "optim", "checkpoint", "eval", "guard"):
@@ -343,94 +362,114 @@ def problems(config: Config, devices: int, platform: str | None = None) -> list[
     require("json", config.json, config.dry_run or not config.json, "given with dry_run, of which it is a form", "both")
     least = SMALLEST_VOCABULARY if config.tokenizer is None else 1
     require("model.vocab_size", model.vocab_size, not 1 <= model.vocab_size < least, f"at least {least}", least)
-    if found:
-        return found
 
-    heads = model.num_heads
-    fitting = divisors(model.hidden_size // 2) if model.hidden_size % 2 == 0 else []
-    require(
-        "model.num_heads",
-        heads,
-        heads in fitting,
-        f"such that hidden_size={model.hidden_size} gives each head an even width",
-        closest(fitting, heads) or "an even hidden_size",
-    )
-    require(
-        "model.num_kv_heads",
-        model.num_kv_heads,
-        heads % model.num_kv_heads == 0,
-        f"a divisor of num_heads={heads}",
-        closest(divisors(heads), model.num_kv_heads),
-    )
-    require(
-        "model.experts_per_token",
-        model.experts_per_token,
-        model.experts_per_token <= model.num_experts or model.num_experts == 1,
-        f"at most num_experts={model.num_experts}",
-        model.num_experts,
-    )
-    parts = optim.microbatches
-    require(
-        "optim.microbatches",
-        parts,
-        optim.batch_size % parts == 0,
-        f"a divisor of batch_size={optim.batch_size}",
-        closest(divisors(optim.batch_size), parts),
-    )
-    try:
-        sizes = parse_mesh(config.mesh, devices)
-    except ValueError as error:
-        return [*found, str(error)]
-    share = math.prod(sizes[axis] for axis in BATCH_AXES)
-    require(
-        "optim.batch_size",
-        optim.batch_size,
-        optim.batch_size % (parts * share) == 0,
-        f"a multiple of microbatches={parts} times the mesh's {' * '.join(BATCH_AXES)} = {share}",
-        max(1, round(optim.batch_size / (parts * share))) * parts * share,
-    )
-    over = sizes["model"]
+
+def _together(require: Callable[..., None], possible: Callable[..., bool], config: Config) -> None:
+    """What settings must be to each other."""
+    model, optim = config.model, config.optim
+    heads, parts = model.num_heads, optim.microbatches
+    if possible("model.hidden_size", "model.num_heads"):
+        fitting = divisors(model.hidden_size // 2) if model.hidden_size % 2 == 0 else []
+        require(
+            "model.num_heads",
+            heads,
+            heads in fitting,
+            f"such that hidden_size={model.hidden_size} gives each head an even width",
+            closest(fitting, heads) or "an even hidden_size",
+        )
+    if possible("model.num_heads", "model.num_kv_heads"):
+        require(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            heads % model.num_kv_heads == 0,
+            f"a divisor of num_heads={heads}",
+            closest(divisors(heads), model.num_kv_heads),
+        )
+    if possible("model.experts_per_token", "model.num_experts"):
+        require(
+            "model.experts_per_token",
+            model.experts_per_token,
+            model.experts_per_token <= model.num_experts or model.num_experts == 1,
+            f"at most num_experts={model.num_experts}",
+            model.num_experts,
+        )
+    if possible("optim.microbatches", "optim.batch_size"):
+        require(
+            "optim.microbatches",
+            parts,
+            optim.batch_size % parts == 0,
+            f"a divisor of batch_size={optim.batch_size}",
+            closest(divisors(optim.batch_size), parts),
+        )
+
+
+def _on_mesh(
+    require: Callable[..., None], possible: Callable[..., bool], config: Config, sizes: dict[str, int]
+) -> None:
+    """What settings must be to the sizes of the mesh."""
+    model, optim = config.model, config.optim
+    heads, parts = model.num_heads, optim.microbatches
+    share, over = math.prod(sizes[axis] for axis in BATCH_AXES), sizes["model"]
+    if possible("optim.microbatches", "optim.batch_size"):
+        require(
+            "optim.batch_size",
+            optim.batch_size,
+            optim.batch_size % (parts * share) == 0,
+            f"a multiple of microbatches={parts} times the mesh's {' * '.join(BATCH_AXES)} = {share}",
+            max(1, round(optim.batch_size / (parts * share))) * parts * share,
+        )
     for name in ("num_heads", "ffn_dim", "vocab_size"):
-        value = getattr(model, name)
-        fix = f"mesh model={closest(divisors(value), over)}"
-        require(f"model.{name}", value, value % over == 0, f"a multiple of the mesh's model={over}", fix)
-    require(
-        "model.num_kv_heads",
-        model.num_kv_heads,
-        model.num_kv_heads % over == 0 or over % model.num_kv_heads == 0,
-        f"a multiple or a divisor of the mesh's model={over}",
-        closest([*divisors(over), *(over * n for n in divisors(heads))], model.num_kv_heads),
-    )
-    require(
-        "model.num_experts",
-        model.num_experts,
-        model.num_experts % sizes["expert"] == 0 or model.num_experts == 1,
-        f"a multiple of the mesh's expert={sizes['expert']}",
-        f"mesh expert={closest(divisors(model.num_experts), sizes['expert'])}",
-    )
-    return found
+        if possible(f"model.{name}"):
+            value = getattr(model, name)
+            fix = f"mesh model={closest(divisors(value), over)}"
+            require(f"model.{name}", value, value % over == 0, f"a multiple of the mesh's model={over}", fix)
+    if possible("model.num_heads", "model.num_kv_heads"):
+        require(
+            "model.num_kv_heads",
+            model.num_kv_heads,
+            model.num_kv_heads % over == 0 or over % model.num_kv_heads == 0,
+            f"a multiple or a divisor of the mesh's model={over}",
+            closest([*divisors(over), *(over * n for n in divisors(heads))], model.num_kv_heads),
+        )
+    if possible("model.num_experts"):
+        require(
+            "model.num_experts",
+            model.num_experts,
+            model.num_experts % sizes["expert"] == 0 or model.num_experts == 1,
+            f"a multiple of the mesh's expert={sizes['expert']}",
+            f"mesh expert={closest(divisors(model.num_experts), sizes['expert'])}",
+        )
 
 
 def parse_mesh(spec: str, devices: int) -> dict[str, int]:
-    """The size of each mesh axis that `data=8` or `auto` asks for; ValueError if the devices do not suffice."""
+    """The size of each mesh axis that `data=8` or `auto` asks for.
+
+    Raises ValueError with a line for each mistake, or if the devices do not suffice.
+    """
     if spec == "auto":
         return dict.fromkeys(AXES, 1) | {"data": devices}
-    sizes: dict[str, int] = dict.fromkeys(AXES, 1)
+    sizes: dict[str, int] = {}
+    mistakes = []
     for part in spec.split(","):
         name, _, size = part.partition("=")
         if name not in AXES or not size.isdecimal() or int(size) < 1:
-            raise ValueError(
+            mistakes.append(
                 f"mesh={spec!r}: {part!r} must be AXIS=SIZE with an axis of {', '.join(AXES)}; take data={devices}."
             )
-        if f",{spec}".count(f",{name}=") > 1:
-            raise ValueError(f"mesh={spec!r} must name each axis once and names {name} again; take {name}={size}.")
-        sizes[name] = int(size)
+        elif name in sizes:
+            mistakes.append(
+                f"mesh={spec!r} must name each axis once and names {name} again; take {name}={sizes[name]}."
+            )
+        else:
+            sizes[name] = int(size)
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
     needed = math.prod(sizes.values())
     if needed > devices:
         raise ValueError(
             f"mesh={spec!r} must be of at most the {devices} devices there are and needs {needed}; take data={devices}."
         )
-    return sizes
+    return dict.fromkeys(AXES, 1) | sizes
 
 
 def field_default(name: str) -> Any:

@@ -70,6 +70,17 @@ def test_all_mistakes_at_once(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
     assert train.main(["--model.num-kv-heads", "3", "--mesh", "data=9"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+    # What is impossible by itself, what two settings are to each other, and each part of a mesh.
+    mistakes = "--optim.eps 0 --optim.microbatches 0 --model.num-kv-heads 3 --mesh data=x,expert=2,expert=2"
+    assert train.main(mistakes.split()) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("=")[0] for line in said] == [
+        "optim.microbatches",
+        "optim.eps",
+        "model.num_kv_heads",
+        "mesh",
+        "mesh",
+    ]
 
 
 def test_a_run_of_another_configuration_is_refused(tmp_path, capsys):
