@@ -355,6 +355,21 @@ def a_vocabulary_from_nothing(folder):
     VishwamAITokenizer.train([], 300, folder)
 
 
+@refusal
+def a_vocabulary_from_blank_lines(folder):
+    VishwamAITokenizer.train(["\n", "\r\n\n"], 300, folder)
+
+
+@refusal
+def a_vocabulary_from_spaces(folder):
+    VishwamAITokenizer.train(["    \n  "] * 20, 300, folder)
+
+
+@refusal
+def a_vocabulary_from_zero_characters(folder):
+    VishwamAITokenizer.train(["\0\0\n\0"] * 20, 300, folder)
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_the_sentence_is_the_one_agreed_on(name, tmp_path):
     with pytest.raises(ValueError) as refused:
