@@ -16,17 +16,22 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _log = logging.getLogger(__name__)
 
+# What the cache's folder holds: a folder of folders each, named by what they were made from.
+PARTS = ("index", "tokens")
+
 
 def cache_folder() -> Path:
     """`$VISHWAMAI_CACHE`, or the user's cache folder; where that cannot be written, a temporary one, and a sentence."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = Path(os.environ.get("VISHWAMAI_CACHE") or user / "vishwamai_eqx")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        return _stand_in(folder, error.strerror)
+    for each in (folder, *(folder / part for part in PARTS)):
+        try:
+            each.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=each):
+                pass
+        except OSError as error:
+            return _stand_in(each, error.strerror)
+    return folder
 
 
 @functools.cache
@@ -46,10 +51,23 @@ def _stand_in(folder: Path, reason: str) -> Path:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for one process: a second one waits, then finds the work done. A killed process lets go."""
+    lock = folder / "lock"
+    if folder.is_file():
+        discard(folder)
+    if lock.is_dir():
+        discard(lock)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
+    with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def discard(path: Path) -> None:
+    """Remove what stands where a file of the cache belongs, be it a file, a folder or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -58,6 +76,9 @@ def replaced(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        # Otherwise a power cut can leave the name and not what it names.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """The documents of a run, known by content: read once, indexed, and split into training and held-out."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,14 +12,17 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt64
 
 from vishwamai_eqx import near_duplicates
-from vishwamai_eqx.cache import MegabyteBar, cache_folder, locked, replaced
+from vishwamai_eqx.cache import MegabyteBar, cache_folder, discard, locked, replaced
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.documents import BLOCK_BYTES, find_files, read
 
 # What is known of a document: a hash of its bytes, how many they are, and the first document that is nearly the same.
 DOCUMENT = np.dtype([("digest", np.uint64), ("size", np.int64), ("group", np.int64)])
 # Raised when the index would come out differently.
-FORMAT = 2
+FORMAT = 3
+# The files of an index, the first of them with a checksum at its end, and those that are there while it is made.
+INDEX = ("counts.int64", "documents")
+WORKING = ("hashes", "sketches")
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,9 @@ def load_documents(data: DataConfig, seed: int = 0, cache_dir: Path | None = Non
     key = blake2b(json.dumps([FORMAT, data.text_column, table]).encode(), digest_size=8).hexdigest()
     folder = (cache_dir or cache_folder()) / "index" / key
     with locked(folder):
-        counts_path, documents_path = folder / "counts.npy", folder / "documents.npy"
-        if not counts_path.exists():
-            counts, documents = _index(files, data.text_column, sum(size for _, size, _ in table), folder)
-            with replaced(documents_path) as temporary, temporary.open("wb") as file:
-                np.save(file, documents)
-            # Last: where it is, the index is whole.
-            with replaced(counts_path) as temporary, temporary.open("wb") as file:
-                np.save(file, counts)
-    counts, documents = np.load(counts_path), np.load(documents_path, mmap_mode="r")
+        counts, documents = _indexed(folder, len(files)) or _index(
+            files, data.text_column, sum(size for _, size, _ in table), folder
+        )
     per_source = [part.sum() for part in np.split(counts, np.cumsum([len(source) for source in sources])[:-1])]
     digests, sizes = np.ascontiguousarray(documents["digest"]), np.ascontiguousarray(documents["size"])
     return Corpus(
@@ -129,12 +125,32 @@ def load_documents(data: DataConfig, seed: int = 0, cache_dir: Path | None = Non
     )
 
 
+def _indexed(folder: Path, files: int) -> tuple[Int64[np.ndarray, "files"], np.ndarray] | None:
+    """What `_index` left in the folder, unless some of it is missing, cut short or damaged."""
+    counts_path, documents_path = (folder / name for name in INDEX)
+    try:
+        *_, checksum = counts = np.fromfile(counts_path, np.int64)
+        counts, documents = counts[:-1], np.memmap(documents_path, DOCUMENT, "r")
+        sizes = [path.stat().st_size for path in (counts_path, documents_path)]
+    except (OSError, ValueError):
+        return None
+    right = [8 * (files + 1), DOCUMENT.itemsize * int(counts.sum())]
+    return (counts, documents) if sizes == right and checksum == _checksum(counts, documents) else None
+
+
+def _checksum(counts: Int64[np.ndarray, "files"], documents: np.ndarray) -> np.int64:
+    """Of all numbers of an index, in next to no time."""
+    return counts.sum() ^ documents.view(np.int64).sum()
+
+
 def _index(
     files: list[Path], text_column: str, size: int, folder: Path
 ) -> tuple[Int64[np.ndarray, "files"], np.ndarray]:
-    """Documents of each file, and what is known of each document."""
+    """Documents of each file, and what is known of each document, which stays in the folder."""
+    for name in (*WORKING, *INDEX):
+        discard(folder / name)
     counts = np.zeros(len(files), np.int64)
-    hashes_path, sketches_path = folder / "hashes", folder / "sketches"
+    hashes_path, sketches_path = (folder / name for name in WORKING)
     with (
         hashes_path.open("wb") as hashes,
         sketches_path.open("wb") as sketches,
@@ -172,8 +188,14 @@ def _index(
     documents = np.fromfile(hashes_path, DOCUMENT)
     sketched = np.memmap(sketches_path, np.uint16, "r", shape=(len(documents), near_duplicates.MINIMA))
     documents["group"] = near_duplicates.groups(np.ascontiguousarray(documents["digest"]), sketched)
-    for path in (hashes_path, sketches_path):
-        os.unlink(path)
+    for name in WORKING:
+        discard(folder / name)
+    counts_path, documents_path = (folder / name for name in INDEX)
+    with replaced(documents_path) as temporary:
+        documents.tofile(temporary)
+    # Last: where it is, the index is whole.
+    with replaced(counts_path) as temporary:
+        np.append(counts, _checksum(counts, documents)).tofile(temporary)
     return counts, documents
 
 

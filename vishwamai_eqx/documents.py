@@ -1,10 +1,12 @@
 """Text on disk as documents: which files there are, and what is in them, a block at a time."""
 
 import codecs
+import contextlib
 import glob
 import gzip
 import json
 import os
+import re
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -111,6 +113,8 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
     quoted = "'" + text_column.replace("'", "''") + "'"
     # As a pattern that this file alone matches; and what folders are called is none of its columns.
     name, options = glob.escape(str(path)), "hive_partitioning=false"
+    if path.name.endswith(".zst") and not _ends_whole(path):
+        raise ValueError(f"{path}: damaged or cut short; copy or make it again")
     # One thread: DuckDB then holds one part of the file at a time.
     with duckdb.connect(config={"threads": 1}) as connection:
         if is_json:
@@ -147,17 +151,42 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
             raise ValueError(where or f"{path}: damaged or cut short; copy or make it again") from error
 
 
+def _ends_whole(path: Path) -> bool:
+    """Whether no zstd frame is cut short (RFC 8878), which DuckDB takes for the end of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+
+        def number(count: int) -> int:
+            return int.from_bytes(file.read(count), "little")
+
+        while file.tell() < size:
+            if number(4) & ~15 == 0x184D2A50:
+                # A frame to be skipped.
+                file.seek(number(4), 1)
+                continue
+            descriptor = number(1)
+            single = descriptor >> 5 & 1
+            file.seek(1 - single + (0, 1, 2, 4)[descriptor & 3] + (single, 2, 4, 8)[descriptor >> 6], 1)
+            last = False
+            while not last and file.tell() < size:
+                block = number(3)
+                last, repeated = block & 1, block >> 1 & 3 == 1
+                file.seek(1 if repeated else block >> 3, 1)
+            file.seek(4 * (descriptor >> 2 & 1), 1)
+            if not last:
+                return False
+        return file.tell() == size
+
+
 def _bad_line(path: Path, text_column: str) -> str | None:
     """What is wrong with the first line that is: DuckDB's own line numbers leave out blank lines."""
-    if path.name.endswith(".zst"):
-        return None
-    with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
+    with contextlib.closing(_lines(path)) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
                 if len(line) > LINE_BYTES:
-                    return f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB; divide its text among several"
+                    return _too_long(path, number)
                 try:
                     record = json.loads(line)
                     json.dumps(record, ensure_ascii=False).encode()
@@ -165,7 +194,7 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                     return f"{path}, line {number}: nested too deep; mend or remove the line"
                 except ValueError as error:
                     reason = "not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "msg", str(error))
-                    return f"{path}, line {number}: not JSON ({reason}); mend or remove the line"
+                    return _not_json(path, number, reason)
                 if isinstance(record, dict) and text_column in record and record[text_column] is None:
                     return f"{path}, line {number}: no text in column {text_column!r}; mend or remove the line"
                 if not isinstance(record, dict) or text_column not in record:
@@ -176,4 +205,42 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                     )
         except (EOFError, gzip.BadGzipFile, zlib.error):
             return f"{path}: damaged or cut short; copy or make it again"
+        except duckdb.Error as error:
+            return _bad_line_of_duckdb(path, str(error))
     return None
+
+
+def _too_long(path: Path, number: int) -> str:
+    return f"{path}, line {number}: longer than {LINE_BYTES >> 20} MiB; divide its text among several"
+
+
+def _not_json(path: Path, number: int, reason: str) -> str:
+    return f"{path}, line {number}: not JSON ({reason}); mend or remove the line"
+
+
+def _lines(path: Path) -> Iterator[bytes | str]:
+    """The lines of a JSON-lines file, blank ones too."""
+    if not path.name.endswith(".zst"):
+        with gzip.open(path, "rb") if path.name.endswith(".gz") else path.open("rb") as lines:
+            yield from lines
+        return
+    # A table of one column whose fields nothing divides, quotes or escapes; its lines may end in LF or in CR LF.
+    # With parallel=false DuckDB would hold the whole file; without, it names no line that is longer than the buffer.
+    options = (
+        "columns={'line': 'VARCHAR'}, delim='\x1f\x1e\x1d\x1c', quote='', escape='', comment='', header=false, "
+        "auto_detect=false, strict_mode=false, hive_partitioning=false, "
+        f"max_line_size={LINE_BYTES}, buffer_size={4 * LINE_BYTES}"
+    )
+    with duckdb.connect(config={"threads": 1}) as connection:
+        cursor = connection.execute(f"SELECT line FROM read_csv(?, {options})", [glob.escape(str(path))])
+        while rows := cursor.fetchmany(256):
+            # A blank line is a field without a value.
+            yield from (f"{line or ''}\n" for (line,) in rows)
+
+
+def _bad_line_of_duckdb(path: Path, error: str) -> str | None:
+    """What is wrong with a line that DuckDB could not give as text."""
+    if not (match := re.search(r"CSV Error on Line: (\d+)", error)):
+        return None
+    number = int(match[1])
+    return _not_json(path, number, "not UTF-8") if "Invalid unicode" in error else _too_long(path, number)

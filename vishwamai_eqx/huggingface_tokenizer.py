@@ -33,6 +33,8 @@ def config(model: ModelProto, special_tokens: dict[str, str]) -> dict[str, Any]:
         "add_prefix_space": model.normalizer_spec.add_dummy_prefix,
         "clean_up_tokenization_spaces": False,
         "legacy": False,
+        # What a text spells is text, here and there, even where it spells a special token.
+        "split_special_tokens": True,
         **special_tokens,
     }
 

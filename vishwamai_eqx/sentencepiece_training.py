@@ -72,4 +72,9 @@ def _explained(vocab_size: int, error: str) -> str:
         )
     if "sentences_.empty()" in error:
         return f"vocab_size={vocab_size}: there is no text to train a tokenizer on; give files that have some"
+    if "all_chars_count" in error:
+        return (
+            f"vocab_size={vocab_size}: the text is nothing but zero characters (U+0000), which a tokenizer is not "
+            "trained on; give files that have other text"
+        )
     return f"vocab_size={vocab_size}: SentencePiece could not train ({error})"

@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from vishwamai_eqx.cache import MegabyteBar, locked
+from vishwamai_eqx.cache import MegabyteBar, discard, locked
 from vishwamai_eqx.corpus import Block, Corpus
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
@@ -39,7 +39,7 @@ def tokenize(corpus: Corpus, tokenizer: VishwamAITokenizer, cache_dir: Path) -> 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.int32)
     tokens_path, ends_path = folder / f"tokens.{dtype.name}", folder / "ends.int64"
     with locked(folder):
-        documents, end = _whole(tokens_path, ends_path, dtype)
+        documents, end = _whole(tokens_path, ends_path, dtype, len(corpus.sizes))
         if documents < len(corpus.sizes):
             _append(corpus, tokenizer, tokens_path, ends_path, dtype, documents, end)
     ends = np.fromfile(ends_path, np.int64)
@@ -47,13 +47,18 @@ def tokenize(corpus: Corpus, tokenizer: VishwamAITokenizer, cache_dir: Path) -> 
     return TokenStream(tokens, np.concatenate([[0], ends[:-1]]), ends)
 
 
-def _whole(tokens_path: Path, ends_path: Path, dtype: np.dtype) -> tuple[int, int]:
+def _whole(tokens_path: Path, ends_path: Path, dtype: np.dtype, documents: int) -> tuple[int, int]:
     """Documents that are whole on disk, and their tokens; what lies behind them is cut off."""
-    tokens_path.touch()
-    ends_path.touch()
-    ends = np.fromfile(ends_path, np.int64)
-    # Tokens are on disk before the ends that speak of them, unless someone touched the files.
-    ends = ends[ends <= tokens_path.stat().st_size // dtype.itemsize]
+    for path in (tokens_path, ends_path):
+        if path.is_dir():
+            discard(path)
+        path.touch()
+    ends = np.fromfile(ends_path, np.int64)[:documents]
+    starts = np.concatenate([[0], ends[:-1]])
+    # Tokens are on disk before the ends that speak of them, and no document has fewer than two, unless the files are
+    # damaged.
+    right = (ends <= tokens_path.stat().st_size // dtype.itemsize) & (ends >= starts + 2)
+    ends = ends[: np.append(right, False).argmin()]
     end = int(ends[-1]) if len(ends) else 0
     if ends_path.stat().st_size != ends.nbytes or tokens_path.stat().st_size != end * dtype.itemsize:
         os.truncate(ends_path, ends.nbytes)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vishwamai_eqx import cache, near_duplicates
 from vishwamai_eqx import corpus as corpus_module
-from vishwamai_eqx import near_duplicates
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.corpus import choose_held_out, load_documents
 
@@ -139,6 +139,56 @@ def test_a_second_start_reads_no_text(folder, tmp_path, monkeypatch):
     # Touched, but the same: read again, and still the same text.
     os.utime(folder / "00.txt")
     assert load(folder, tmp_path / "cache").fingerprint == first.fingerprint
+
+
+def damaged(path: Path, damage: str) -> None:
+    """Leave something else where a file is."""
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "a folder":
+        (path / "within").mkdir(parents=True)
+    elif damage != "missing":
+        kept = {"empty": b"", "cut": content[:-9], "longer": content + b"more"}
+        kept |= {"zeros": bytes(len(content)), "noise": random.Random(0).randbytes(len(content))}
+        path.write_bytes(kept[damage])
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "longer", "zeros", "noise", "a folder"])
+@pytest.mark.parametrize("name", corpus_module.INDEX)
+def test_a_damaged_index_is_made_again(folder, tmp_path, name, damage):
+    first = load(folder, tmp_path / "cache")
+    (path,) = tmp_path.glob(f"cache/index/*/{name}")
+    content = path.read_bytes()
+    damaged(path, damage)
+    second = load(folder, tmp_path / "cache")
+    np.testing.assert_array_equal(second.held_out, first.held_out)
+    assert second.fingerprint == first.fingerprint and path.read_bytes() == content
+
+
+def test_what_stands_in_the_way_of_an_index_goes(folder, tmp_path):
+    first = load(folder, tmp_path / "cache")
+    (index,) = tmp_path.glob("cache/index/*")
+    shutil.rmtree(index)
+    index.write_text("no folder")
+    assert load(folder, tmp_path / "cache").fingerprint == first.fingerprint
+    (index / "documents").unlink()
+    (index / "lock").unlink()
+    for name in ("lock", *corpus_module.WORKING):
+        (index / name).mkdir()
+    assert load(folder, tmp_path / "cache").fingerprint == first.fingerprint
+
+
+def test_a_file_has_its_name_only_once_it_is_on_disk(tmp_path, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *given, name=name, original=original: done.append(name) or original(*given)
+        )
+    with cache.replaced(tmp_path / "file") as temporary:
+        temporary.write_text("content")
+        assert not done
+    assert done == ["fsync", "replace"] and (tmp_path / "file").read_text() == "content"
 
 
 @pytest.mark.parametrize("change", ["edit", "truncate", "grow"])

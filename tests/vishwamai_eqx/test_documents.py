@@ -62,6 +62,62 @@ def test_a_line_that_is_nested_too_deep_is_named(tmp_path):
         whole(path)
 
 
+def zstd(content: bytes) -> bytes:
+    """A frame of blocks that are not compressed (RFC 8878)."""
+    starts = range(0, len(content), 1 << 17)
+    blocks = [(start == starts[-1], content[start : start + (1 << 17)]) for start in starts]
+    return b"\x28\xb5\x2f\xfd\0\x58" + b"".join((len(b) << 3 | last).to_bytes(3, "little") + b for last, b in blocks)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"text": "b"',
+        b'{"text": "\xc3"}',
+        b'{"text": "\\ud800"}',
+        b'{"text": "\0"}',
+        b'{"text": "\x1f,\x1e;\t|"}',
+        b'{"text": "b", "c": \xff}',
+        b'{"body": "b", "id": 1}',
+        b'{"text": null}',
+        b'["b"]',
+        b'"',
+        b"NULL",
+        b"#",
+        b'{"text": ' + b"[" * 100_000,
+        b'{"text": "' + b"long " * (1 << 23) + b'"}',
+        "{漢字}".encode(),
+    ],
+    ids=lambda line: line[:30].decode(errors="replace"),
+)
+def test_a_bad_line_is_named_however_it_is_compressed(tmp_path, line, end):
+    good = ['{"text": "漢字 \\"1\\", 2"}'.encode(), b"", b" \t"] * 2000
+    content = end.join([*good, line, *good])
+    sentences = set()
+    for suffix, compress in ((".jsonl", bytes), (".jsonl.gz", gzip.compress), (".jsonl.zst", zstd)):
+        path = tmp_path / f"bad{suffix}"
+        path.write_bytes(compress(content))
+        with pytest.raises(ValueError) as refused:
+            whole(path)
+        sentences.add(str(refused.value).replace(suffix, ""))
+    (sentence,) = sentences
+    assert sentence.startswith(f"{tmp_path}/bad, line 6001: ")
+
+
+def test_a_cut_zstd_file_is_never_read_as_a_shorter_one(records):
+    path, record = records / "r.jsonl.zst", b'{"text": "a"}\n'
+    skipped = b"\x50\x2a\x4d\x18\x05\0\0\0other"
+    for content in (path.read_bytes(), zstd(record * 20_000), zstd(record)):
+        path.write_bytes(content + skipped + zstd(record * 3))
+        assert whole(path)[-3:] == ["a"] * 3
+        step = len(content) // 8 + 1
+        for cut in (*range(1, len(content), step), *range(len(content) - 4, len(content))):
+            path.write_bytes(content[:cut])
+            with pytest.raises(ValueError, match=r"r\.jsonl\.zst: damaged or cut short; copy or make it again"):
+                whole(path)
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
 def test_a_text_file_is_a_document_whatever_the_block(tmp_path, monkeypatch, size):
     monkeypatch.setattr(documents, "BLOCK_BYTES", size)

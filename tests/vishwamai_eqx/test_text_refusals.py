@@ -355,6 +355,21 @@ def a_vocabulary_from_nothing(folder):
     VishwamAITokenizer.train([], 300, folder)
 
 
+@refusal
+def a_vocabulary_from_blank_lines(folder):
+    VishwamAITokenizer.train(["\n", "\r\n\n"], 300, folder)
+
+
+@refusal
+def a_vocabulary_from_spaces(folder):
+    VishwamAITokenizer.train(["    \n  "] * 20, 300, folder)
+
+
+@refusal
+def a_vocabulary_from_zero_characters(folder):
+    VishwamAITokenizer.train(["\0\0\n\0"] * 20, 300, folder)
+
+
 @pytest.mark.parametrize("name", REFUSALS)
 def test_the_sentence_is_the_one_agreed_on(name, tmp_path):
     with pytest.raises(ValueError) as refused:
@@ -372,13 +387,15 @@ def test_every_sentence_belongs_to_a_refusal():
     assert set(json.loads(SNAPSHOT.read_text())) == set(REFUSALS)
 
 
-def test_a_cache_folder_that_cannot_be_written_is_stood_in_for(tmp_path, monkeypatch, caplog):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("VISHWAMAI_CACHE", str(tmp_path / "file"))
+@pytest.mark.parametrize("name", ["cache", "cache/index", "cache/tokens"])
+def test_a_cache_folder_that_cannot_be_written_is_stood_in_for(tmp_path, monkeypatch, caplog, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("in the way")
+    monkeypatch.setenv("VISHWAMAI_CACHE", str(tmp_path / "cache"))
     documents(tmp_path)
     folder = cache_folder()
-    assert folder.is_dir() and folder != tmp_path / "file" and cache_folder() == folder
+    assert folder.is_dir() and folder != tmp_path / "cache" and cache_folder() == folder
     (message,) = caplog.messages
-    assert f"{tmp_path}/file cannot be written (File exists)" in message and "set VISHWAMAI_CACHE" in message
+    assert f"{tmp_path}/{name} cannot be written (File exists)" in message and "set VISHWAMAI_CACHE" in message
     config = DataConfig(files=(f"{tmp_path}/*.txt",), held_out_share=0.2)
     assert data.load_documents(config).held_out.any()

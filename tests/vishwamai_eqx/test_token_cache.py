@@ -67,6 +67,28 @@ def test_what_was_cut_short_goes_on(folder, tmp_path, damage):
     assert ends.stat().st_size == 8 * len(corpus.sizes)
 
 
+@pytest.mark.parametrize("damage", ["an end is noise", "ends are zeros", "ends of more documents", "a folder"])
+def test_damage_is_thrown_away_with_what_follows_it(folder, tmp_path, damage):
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    expected = np.array(tokenize(corpus, tokenizer, tmp_path).tokens)
+    (tokens,), (ends,) = tmp_path.glob("tokens/*/tokens.uint16"), tmp_path.glob("tokens/*/ends.int64")
+    content = ends.read_bytes()
+    for noise in (-(1 << 63), -1, 1, (1 << 63) - 1) if damage == "an end is noise" else (0,):
+        kept = {
+            "an end is noise": content[:80] + noise.to_bytes(8, "little", signed=True) + content[88:],
+            "ends are zeros": content[:80] + bytes(len(content) - 80),
+            "ends of more documents": content + content[-8:],
+        }
+        for path in (tokens, ends):
+            if damage == "a folder":
+                path.unlink()
+                (path / "within").mkdir(parents=True)
+            elif path == ends:
+                path.write_bytes(kept[damage])
+        np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, expected)
+        assert ends.read_bytes() == content
+
+
 KILLED = """
 import sys, time
 from pathlib import Path

@@ -72,7 +72,7 @@ def main() -> None:
         (HERE / "tokenizer.model").write_bytes(Path(folder, "tokenizer.model").read_bytes())
         theirs = AutoTokenizer.from_pretrained(folder)
         texts = LANGUAGES | AWKWARD
-        ids = theirs(list(texts.values()), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ids = theirs(list(texts.values()), add_special_tokens=False)["input_ids"]
     found = {name: {"text": texts[name], "ids": each} for name, each in zip(texts, ids, strict=True)}
     lines = (f"{json.dumps(name)}: {json.dumps(each, ensure_ascii=False)}" for name, each in found.items())
     (HERE / "ids.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
