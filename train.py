@@ -475,14 +475,16 @@ def progress(console: Console) -> Progress:
     )
 
 
+def impossible(config: Config) -> list[str]:
+    """What cannot be of the configuration on the devices here, or on those of its topology."""
+    return problems(config, dry_run.devices(config), "tpu" if config.topology else jax.default_backend())
+
+
 def main(argv: list[str], started: float | None = None) -> int:
     """The exit code of the program with those arguments; `started` is when it began, now if it is not known."""
     started = time.perf_counter() if started is None else started
     try:
-        config = command_line.parse(argv, __doc__)
-        backend = "tpu" if config.topology else jax.default_backend()
-        if found := problems(config, dry_run.devices(config), backend):
-            raise ValueError("\n".join(found))
+        config = command_line.parse(argv, __doc__, impossible)
         if config.dry_run:
             return dry_run.run(config, abstract_step)
         if config.replay is not None:

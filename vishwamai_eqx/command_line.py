@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import UnionType
@@ -23,46 +23,63 @@ Settings = TypeVar("Settings")
 FREE = ("run_dir", "mesh", "dry_run", "topology", "plan", "json", "replay", "checkpoint", "eval", "guard")
 
 
-def parse(argv: Sequence[str], description: str | None = None) -> Config:
+def parse(
+    argv: Sequence[str],
+    description: str | None = None,
+    problems: Callable[[Config], list[str]] = lambda config: [],
+) -> Config:
     """The configuration that the arguments ask for.
 
     Settings that are not given come from the run that is resumed, if there is one, and else from the preset. Raises
-    ValueError with a line for each mistake.
+    ValueError with a line for each mistake: arguments that mean nothing, settings that the resumed run has otherwise,
+    and else `problems` of the configuration that the other arguments make.
     """
-    mistakes = list(_mistakes(argv, flags(Config)))
+    argv, mistakes = _without_mistakes(argv, flags(Config))
     preset = _value(argv, "--preset")
     if preset is not None and preset not in PRESETS:
+        # What the other settings should fit is not known.
         mistakes.append(f"preset={preset!r} must be one of {', '.join(PRESETS)}; take {nearest(preset)}.")
-    if mistakes:
         raise ValueError("\n".join(mistakes))
-    given = _value(argv, "--run-dir")
-    run_dir = Path("runs") / (preset or "tiny") if given is None else Path(given)
-    occupied = next((place for place in (run_dir, *run_dir.parents) if place.exists()), Path("/"))
-    if given == "" or not occupied.is_dir():
-        why = "a folder's name" if given == "" else f"a folder's or a new one's, and {occupied} is a file"
-        raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{preset or 'tiny'}.")
-    if "?" in str(run_dir.absolute()):
-        raise ValueError(
-            f"run_dir={given!r}: no folder of its path may have ? in its name, after which DuckDB looks for options; "
-            "take another --run-dir."
-        )
-    saved = read_config(run_dir)
+    try:
+        run_dir = _run_dir(_value(argv, "--run-dir"), preset or "tiny")
+        saved = read_config(run_dir)
+    except ValueError as error:
+        raise ValueError("\n".join([*mistakes, str(error)])) from None
     base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
     base = dataclasses.replace(base, dry_run=False, topology=None, plan=False, json=False, replay=None)
     config = tyro.cli(Config, default=base, args=_joined(argv), description=description)
     config = dataclasses.replace(config, run_dir=run_dir)
     # Of another preset most settings differ, which its name says.
     held = {} if saved is None else to_dict(saved) if saved.preset == config.preset else {"preset": saved.preset}
-    if differences := list(_differences(held, to_dict(config))):
-        raise ValueError("\n".join(f"{run_dir} is a run of another configuration: {line}" for line in differences))
+    differences = [
+        f"{run_dir} is a run of another configuration: {line}" for line in _differences(held, to_dict(config))
+    ]
+    if mistakes := [*mistakes, *(differences or problems(config))]:
+        raise ValueError("\n".join(mistakes))
     return config
 
 
 def parse_settings(kind: type[Settings], argv: Sequence[str], default: Settings, description: str | None) -> Settings:
     """The settings of a dataclass that the arguments ask for; ValueError with a line for each mistake."""
-    if mistakes := list(_mistakes(argv, flags(kind))):
+    argv, mistakes = _without_mistakes(argv, flags(kind))
+    if mistakes:
         raise ValueError("\n".join(mistakes))
     return tyro.cli(kind, default=default, args=_joined(argv), description=description)
+
+
+def _run_dir(given: str | None, preset: str) -> Path:
+    """Where a run is to live; ValueError where no run can."""
+    run_dir = Path("runs") / preset if given is None else Path(given)
+    occupied = next((place for place in (run_dir, *run_dir.parents) if place.exists()), Path("/"))
+    if given == "" or not occupied.is_dir():
+        why = "a folder's name" if given == "" else f"a folder's or a new one's, and {occupied} is a file"
+        raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{preset}.")
+    if "?" in str(run_dir.absolute()):
+        raise ValueError(
+            f"run_dir={given!r}: no folder of its path may have ? in its name, after which DuckDB looks for options; "
+            "take another --run-dir."
+        )
+    return run_dir
 
 
 def read_config(run_dir: Path) -> Config | None:
@@ -126,36 +143,52 @@ def flags(kind: type) -> dict[str, Any]:
     return found
 
 
-def _mistakes(argv: Sequence[str], known: dict[str, Any]) -> Iterator[str]:
-    """A sentence for each argument that is no flag, or no value of its flag."""
+def _without_mistakes(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The arguments that have a meaning, and a sentence for each that is no flag, or no value of its flag."""
+    good, mistakes = [], []
+    for arguments in _each(argv):
+        if found := list(_mistakes(arguments, known)):
+            mistakes += found
+        else:
+            good += arguments
+    return good, mistakes
+
+
+def _each(argv: Sequence[str]) -> Iterator[list[str]]:
+    """Each flag with its values, or what stands where a flag should."""
     at = 0
     while at < len(argv):
-        flag, equals, value = argv[at].partition("=")
-        flag = flag.replace("_", "-") if flag.startswith("--") else flag
-        values = [value] if equals else []
+        begin = at
         at += 1
         # No flag takes another's name for a value, so that a lost value does not swallow the next flag.
-        while at < len(argv) and not equals and (not argv[at].startswith("-") or _is_number(argv[at])):
-            values.append(argv[at])
+        while at < len(argv) and "=" not in argv[begin] and (not argv[at].startswith("-") or _is_number(argv[at])):
             at += 1
-        if flag not in known:
-            guess = next(iter(difflib.get_close_matches(flag, known, 1, 0.7)), "--help for all of them")
-            yield f"{argv[at - 1 - (0 if equals else len(values))]} is not a setting; take {guess}."
-            continue
-        hint = known[flag]
-        several = get_origin(hint) is tuple
-        hint = next(iter(set(get_args(hint)) - {type(None)}), hint) if isinstance(hint, UnionType) else hint
-        if hint is bool:
-            if values:
-                yield f"{flag} takes no value and got {values[0]!r}; leave the value out."
-        elif not values:
-            yield f"{flag} needs a value; give one after it."
-        elif len(values) > 1 and not several:
-            yield f"{flag} takes one value and got {len(values)}: {' '.join(values)!r}; quote a value with spaces."
-        else:
-            for item in values:
-                if (wrong := _wrong(get_args(hint)[0] if several else hint, item)) is not None:
-                    yield f"{flag.lstrip('-').replace('-', '_')}={item!r} must be {wrong}."
+        yield list(argv[begin:at])
+
+
+def _mistakes(arguments: list[str], known: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each thing that is wrong with a flag and its values."""
+    flag, equals, value = arguments[0].partition("=")
+    flag = flag.replace("_", "-") if flag.startswith("--") else flag
+    values = [value] if equals else arguments[1:]
+    if flag not in known:
+        guess = next(iter(difflib.get_close_matches(flag, known, 1, 0.7)), "--help for all of them")
+        yield f"{arguments[0]} is not a setting; take {guess}."
+        return
+    hint = known[flag]
+    several = get_origin(hint) is tuple
+    hint = next(iter(set(get_args(hint)) - {type(None)}), hint) if isinstance(hint, UnionType) else hint
+    if hint is bool:
+        if values:
+            yield f"{flag} takes no value and got {values[0]!r}; leave the value out."
+    elif not values:
+        yield f"{flag} needs a value; give one after it."
+    elif len(values) > 1 and not several:
+        yield f"{flag} takes one value and got {len(values)}: {' '.join(values)!r}; quote a value with spaces."
+    else:
+        for item in values:
+            if (wrong := _wrong(get_args(hint)[0] if several else hint, item)) is not None:
+                yield f"{flag.lstrip('-').replace('-', '_')}={item!r} must be {wrong}."
 
 
 def _wrong(hint: Any, value: str) -> str | None:

@@ -315,7 +315,9 @@ def _alone(require: Callable[..., None], config: Config, platform: str | None) -
         settings = getattr(config, section)
         for name, kind in get_type_hints(type(settings)).items():
             if kind is int:
-                value, least = getattr(settings, name), 0 if name in ("warmup_steps", "keep_every") else 1
+                value = getattr(settings, name)
+                # A row of one token has nothing to predict.
+                least = {"warmup_steps": 0, "keep_every": 0, "max_seq_len": 2}.get(name, 1)
                 require(f"{section}.{name}", value, value >= least, f"at least {least}", max(least, 1))
                 require(f"{section}.{name}", value, value < 2**31, "below 2**31", field_default(f"{section}.{name}"))
     for name, value, top in (
@@ -323,10 +325,11 @@ def _alone(require: Callable[..., None], config: Config, platform: str | None) -
         ("optim.learning_rate", optim.learning_rate, math.inf),
         ("optim.clip_norm", optim.clip_norm, math.inf),
         ("optim.eps", optim.eps, 1),
-        ("model.rope_theta", model.rope_theta, math.inf),
     ):
         constraint = "above 0 and " + (f"below {top}" if top < math.inf else "finite")
         require(name, value, 0 < value < top, constraint, field_default(name))
+    theta = model.rope_theta
+    require("model.rope_theta", theta, 1 <= theta <= 1e30, "at least 1 and at most 1e30", ModelConfig.rope_theta)
     for name, value, top in (
         ("model.dropout_rate", model.dropout_rate, 1),
         ("optim.beta1", optim.beta1, 1),
@@ -410,7 +413,7 @@ def _on_mesh(
     model, optim = config.model, config.optim
     heads, parts = model.num_heads, optim.microbatches
     share, over = math.prod(sizes[axis] for axis in BATCH_AXES), sizes["model"]
-    if possible("optim.microbatches", "optim.batch_size"):
+    if possible("optim.microbatches", "optim.batch_size") and optim.batch_size % parts == 0:
         require(
             "optim.batch_size",
             optim.batch_size,
@@ -452,7 +455,7 @@ def parse_mesh(spec: str, devices: int) -> dict[str, int]:
     mistakes = []
     for part in spec.split(","):
         name, _, size = part.partition("=")
-        if name not in AXES or not size.isdecimal() or int(size) < 1:
+        if name not in AXES or not (size.isascii() and size.isdecimal()) or int(size) < 1:
             mistakes.append(
                 f"mesh={spec!r}: {part!r} must be AXIS=SIZE with an axis of {', '.join(AXES)}; take data={devices}."
             )
@@ -463,7 +466,7 @@ def parse_mesh(spec: str, devices: int) -> dict[str, int]:
         else:
             sizes[name] = int(size)
     if mistakes:
-        raise ValueError("\n".join(mistakes))
+        raise ValueError("\n".join(dict.fromkeys(mistakes)))
     needed = math.prod(sizes.values())
     if needed > devices:
         raise ValueError(

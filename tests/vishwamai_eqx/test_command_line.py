@@ -43,7 +43,10 @@ REFUSED = [
         "optim.batch_size=12 must be a multiple of microbatches=1 times the mesh's replica * data * expert = 8; take ",
     ),
     ("--model.dropout-rate 1", "model.dropout_rate=1.0 must be at least 0 and below 1; take 0.0."),
-    ("--model.rope-theta nan", "model.rope_theta=nan must be above 0 and finite; take 10000.0."),
+    ("--model.rope-theta nan", "model.rope_theta=nan must be at least 1 and at most 1e30; take 10000.0."),
+    ("--model.rope-theta 1e-300", "model.rope_theta=1e-300 must be at least 1 and at most 1e30; take 10000.0."),
+    ("--model.max-seq-len 1", "model.max_seq_len=1 must be at least 2; take 2."),
+    ("--mesh data=\u0663", "mesh='data=\u0663': 'data=\u0663' must be AXIS=SIZE"),
     ("--data.weights x", "data.weights='x' must be a number"),
     ("--data a.txt --data.weights nan", "data.weights=(nan,) must be a number above 0 for each of 1 globs"),
     ("--preset", "--preset needs a value"),
@@ -70,6 +73,16 @@ def test_all_mistakes_at_once(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
     assert train.main(["--model.num-kv-heads", "3", "--mesh", "data=9"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 2
+    # What means nothing hides nothing of the rest; one mistake is one line.
+    mistakes = "--stepz 3 --steps x --optim.batch-size 7 --optim.microbatches 2 --mesh ,"
+    assert train.main(mistakes.split()) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("=")[0] for line in said] == [
+        "--stepz is not a setting; take --steps.",
+        "steps",
+        "optim.microbatches",
+        "mesh",
+    ]
     # What is impossible by itself, what two settings are to each other, and each part of a mesh.
     mistakes = "--optim.eps 0 --optim.microbatches 0 --model.num-kv-heads 3 --mesh data=x,expert=2,expert=2"
     assert train.main(mistakes.split()) == 2
