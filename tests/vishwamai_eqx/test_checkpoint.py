@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 import time
+import zlib
 
 import equinox as eqx
 import jax
@@ -350,14 +351,24 @@ def test_a_disk_that_refuses_leaves_the_run_and_what_was_saved(opened, events, t
         assert checkpoints.latest_step() == 3
 
 
-def test_checksums_are_quicker_than_a_disk(tmp_path):
-    """At a tenth of what was measured: another algorithm would fail, a busy machine does not."""
+def test_checksums_cost_what_their_sums_do(tmp_path):
+    """Beside the bare sums of the same bytes in turns, so that a busy machine is busy for both."""
+    content = os.urandom(1 << 20) * 32
     for name in ("a", "b"):
-        (tmp_path / name).write_bytes(os.urandom(1 << 20) * 32)
-    manifest.checksums(tmp_path, ["a", "b"])
-    began = time.perf_counter()
-    manifest.checksums(tmp_path, ["a", "b"])
-    assert (64 << 20) / (time.perf_counter() - began) > 200e6
+        (tmp_path / name).write_bytes(content)
+
+    def seconds(function):
+        began = time.perf_counter()
+        function()
+        return time.perf_counter() - began
+
+    ratios = [
+        seconds(lambda: manifest.checksums(tmp_path, ["a", "b"]))
+        / seconds(lambda: [zlib.crc32(content) for _ in range(2)])
+        for _ in range(7)
+    ]
+    # About 1; with files read in small parts it is 4 to 15.
+    assert sorted(ratios)[1] < 3, ratios
 
 
 def test_a_manifest_is_whole_or_damaged(tmp_path):
