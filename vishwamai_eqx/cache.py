@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vishwamai_eqx.manifest import remove
+
 _log = logging.getLogger(__name__)
 
 # What the cache's folder holds: a folder of folders each, named by what they were made from.
@@ -53,21 +55,13 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for one process: a second one waits, then finds the work done. A killed process lets go."""
     lock = folder / "lock"
     if folder.is_file():
-        discard(folder)
+        remove(folder)
     if lock.is_dir():
-        discard(lock)
+        remove(lock)
     folder.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def discard(path: Path) -> None:
-    """Remove what stands where a file of the cache belongs, be it a file, a folder or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

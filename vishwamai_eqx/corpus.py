@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64, UInt64
 
 from vishwamai_eqx import near_duplicates
-from vishwamai_eqx.cache import MegabyteBar, cache_folder, discard, locked, replaced
+from vishwamai_eqx.cache import MegabyteBar, cache_folder, locked, replaced
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.documents import BLOCK_BYTES, find_files, read
+from vishwamai_eqx.manifest import remove
 
 # What is known of a document: a hash of its bytes, how many they are, and the first document that is nearly the same.
 DOCUMENT = np.dtype([("digest", np.uint64), ("size", np.int64), ("group", np.int64)])
@@ -148,7 +149,7 @@ def _index(
 ) -> tuple[Int64[np.ndarray, "files"], np.ndarray]:
     """Documents of each file, and what is known of each document, which stays in the folder."""
     for name in (*WORKING, *INDEX):
-        discard(folder / name)
+        remove(folder / name)
     counts = np.zeros(len(files), np.int64)
     hashes_path, sketches_path = (folder / name for name in WORKING)
     with (
@@ -189,7 +190,7 @@ def _index(
     sketched = np.memmap(sketches_path, np.uint16, "r", shape=(len(documents), near_duplicates.MINIMA))
     documents["group"] = near_duplicates.groups(np.ascontiguousarray(documents["digest"]), sketched)
     for name in WORKING:
-        discard(folder / name)
+        remove(folder / name)
     counts_path, documents_path = (folder / name for name in INDEX)
     with replaced(documents_path) as temporary:
         documents.tofile(temporary)

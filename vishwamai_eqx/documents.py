@@ -114,7 +114,7 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
     # As a pattern that this file alone matches; and what folders are called is none of its columns.
     name, options = glob.escape(str(path)), "hive_partitioning=false"
     if path.name.endswith(".zst") and not _ends_whole(path):
-        raise ValueError(f"{path}: damaged or cut short; copy or make it again")
+        raise ValueError(_damaged(path))
     # One thread: DuckDB then holds one part of the file at a time.
     with duckdb.connect(config={"threads": 1}) as connection:
         if is_json:
@@ -148,7 +148,7 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
         except duckdb.Error as error:
             where = _bad_line(path, text_column) if is_json else None
             # DuckDB's own words are for someone who wrote a query; they stay with the exception.
-            raise ValueError(where or f"{path}: damaged or cut short; copy or make it again") from error
+            raise ValueError(where or _damaged(path)) from error
 
 
 def _ends_whole(path: Path) -> bool:
@@ -204,10 +204,14 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                         "set data.text_column or mend the line"
                     )
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            return f"{path}: damaged or cut short; copy or make it again"
+            return _damaged(path)
         except duckdb.Error as error:
             return _bad_line_of_duckdb(path, str(error))
     return None
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: damaged or cut short; copy or make it again"
 
 
 def _too_long(path: Path, number: int) -> str:

@@ -11,8 +11,9 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
-from vishwamai_eqx.cache import MegabyteBar, discard, locked
+from vishwamai_eqx.cache import MegabyteBar, locked
 from vishwamai_eqx.corpus import Block, Corpus
+from vishwamai_eqx.manifest import remove
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 # Text that is encoded, written and synchronised at a time.
@@ -51,7 +52,7 @@ def _whole(tokens_path: Path, ends_path: Path, dtype: np.dtype, documents: int) 
     """Documents that are whole on disk, and their tokens; what lies behind them is cut off."""
     for path in (tokens_path, ends_path):
         if path.is_dir():
-            discard(path)
+            remove(path)
         path.touch()
     ends = np.fromfile(ends_path, np.int64)[:documents]
     starts = np.concatenate([[0], ends[:-1]])

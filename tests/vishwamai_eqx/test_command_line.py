@@ -68,6 +68,12 @@ def test_refusals_are_sentences_and_exit_code_2(arguments, sentence, tmp_path, c
     assert sentence in capsys.readouterr().err
 
 
+def refused(arguments, capsys):
+    """What each line of the refusal begins with: a setting's name, where it is one that is at fault."""
+    assert train.main(arguments.split()) == 2
+    return [line.partition("=")[0] for line in capsys.readouterr().err.splitlines()]
+
+
 def test_all_mistakes_at_once(capsys):
     assert train.main(["--stepz", "3", "--steps", "x", "--model.remat", "all"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 3
@@ -75,9 +81,7 @@ def test_all_mistakes_at_once(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
     # What means nothing hides nothing of the rest; one mistake is one line.
     mistakes = "--stepz 3 --steps x --optim.batch-size 7 --optim.microbatches 2 --mesh ,"
-    assert train.main(mistakes.split()) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition("=")[0] for line in said] == [
+    assert refused(mistakes, capsys) == [
         "--stepz is not a setting; take --steps.",
         "steps",
         "optim.microbatches",
@@ -85,9 +89,7 @@ def test_all_mistakes_at_once(capsys):
     ]
     # What is impossible by itself, what two settings are to each other, and each part of a mesh.
     mistakes = "--optim.eps 0 --optim.microbatches 0 --model.num-kv-heads 3 --mesh data=x,expert=2,expert=2"
-    assert train.main(mistakes.split()) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition("=")[0] for line in said] == [
+    assert refused(mistakes, capsys) == [
         "optim.microbatches",
         "optim.eps",
         "model.num_kv_heads",
