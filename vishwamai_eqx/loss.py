@@ -9,6 +9,7 @@ Each device along the mesh's `model` has its part of the vocabulary. The largest
 the targets' logits, three numbers a token, are all that the devices tell each other on the way forward.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -30,11 +31,13 @@ def cross_entropy(
     weight: Float[Array, "vocab d_model"],
     targets: Int[Array, "batch seq"],
     mask: Float[Array, "batch seq"],
+    softcap: float | None = None,
 ) -> Float[Array, ""]:
     """The sum of the masked tokens' cross-entropy in nats; `weight` is the head's, in the type of `hidden`.
 
-    `targets` are rows of the whole head, of which `weight` is this device's part. A sum, not a mean: the caller divides
-    by the token count of the whole step.
+    `targets` are rows of the whole head, of which `weight` is this device's part. With `softcap`, logits are
+    softcap * tanh(logits / softcap) (2408.00118). A sum, not a mean: the caller divides by the token count of the whole
+    step.
     """
     batch, seq, d_model = hidden.shape
     hidden, targets, mask = vary_alike((hidden, targets, mask))
@@ -49,19 +52,20 @@ def cross_entropy(
     else:
         shape = (chunks, batch, seq // chunks)
         hidden, targets, mask = (jnp.stack(jnp.split(a, chunks, axis=1)) for a in (hidden, targets, mask))
-    return chunked(hidden.reshape(*shape, d_model), weight, targets.reshape(shape), mask.reshape(shape))
+    return chunked(hidden.reshape(*shape, d_model), weight, targets.reshape(shape), mask.reshape(shape), softcap)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def chunked(
     hidden: Float[Array, "chunks rows seq d_model"],
     weight: Float[Array, "vocab d_model"],
     targets: Int[Array, "chunks rows seq"],
     mask: Float[Array, "chunks rows seq"],
+    softcap: float | None,
 ) -> Float[Array, ""]:
     def add(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         hidden, targets, mask = chunk
-        return total + chunk_loss(hidden, weight, targets, mask)[0], None
+        return total + chunk_loss(hidden, weight, targets, mask, softcap)[0], None
 
     zero = zeros_varying_like((), wide(hidden.dtype), mask)
     return jax.lax.scan(add, zero, (hidden, targets, mask))[0]
@@ -72,47 +76,63 @@ def chunk_loss(
     weight: Float[Array, "vocab d_model"],
     targets: Int[Array, "rows seq"],
     mask: Float[Array, "rows seq"],
+    softcap: float | None,
 ) -> tuple[
-    Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"], Float[Array, "rows seq d_model"]
+    Float[Array, ""], Float[Array, "rows seq vocab"], Float[Array, "rows seq"], Float[Array, "rows seq d_model"], Array
 ]:
-    """A chunk's loss; exp(logits - largest), in the type of `hidden`, and one over its sums; the targets' rows.
+    """A chunk's loss; exp(logits - largest), in the type of `hidden`, and one over its sums; the targets' rows; and by
+    how much a target's logit, soft-capped, grows with the product that it is made of.
 
-    Exponentials and rows are this device's, loss and sums are of all of the vocabulary.
+    Exponentials, each times that slope of its own logit, and rows are this device's, loss and sums are of all of the
+    vocabulary.
     """
-    logits = dot(hidden, weight, (2,), (1,))
+    logits, slopes = capped(dot(hidden, weight, (2,), (1,)), softcap)
     largest = mesh.max_over(logits.max(axis=-1), "model")
     exponentials = jnp.exp(logits - largest[..., None])
     # The target's logit anew from its row: a gather of rows is cheaper than one out of the logits.
     rows = take_rows(weight, targets).astype(logits.dtype)
     target = jnp.sum(hidden.astype(logits.dtype) * rows, axis=-1)
     total, target = mesh.sum_over((exponentials.sum(axis=-1), target), "model")
+    target, slope = capped(target, softcap)
     loss = jnp.sum((jnp.log(total) + largest - target) * mask)
-    return loss, exponentials.astype(hidden.dtype), 1 / total, rows
+    return loss, (exponentials * slopes).astype(hidden.dtype), 1 / total, rows, slope
 
 
-def chunked_fwd(hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, tuple[Array, Array]]:
-    def add(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
+def capped(logits: Float[Array, "*shape"], softcap: float | None) -> tuple[Float[Array, "*shape"], Array]:
+    """Soft-capped logits and their slopes."""
+    if softcap is None:
+        return logits, jnp.ones((), logits.dtype)
+    share = jnp.tanh(logits / softcap)
+    return softcap * share, 1 - jnp.square(share)
+
+
+def chunked_fwd(
+    hidden: Array, weight: Array, targets: Array, mask: Array, softcap: float | None
+) -> tuple[Array, tuple[Array, Array]]:
+    def add(carry: tuple[Array, Array], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Any]:
         """With p = e / sum(e): dh = mask (p E - E[target]) and dE = (mask h)^T p - scatter of mask h to the targets.
 
         Dividing by sum(e) after one product and before the other leaves e as the only array of the size of the logits.
+        With a soft cap, p and the target's one are each times the slope of the cap there.
         """
         total, dweight = carry
         hidden, targets, mask = chunk
-        loss, exponentials, inverse, rows = chunk_loss(hidden, weight, targets, mask)
-        dhidden = (dot(exponentials, weight, (2,), (0,)) * inverse[..., None] - rows) * mask[..., None]
+        loss, exponentials, inverse, rows, slope = chunk_loss(hidden, weight, targets, mask, softcap)
+        of_target = mask * slope
+        dhidden = dot(exponentials, weight, (2,), (0,)) * (inverse * mask)[..., None] - rows * of_target[..., None]
         # The smaller operand first, and transposed once at the end: see kernels.gemm.
         scaled = (hidden * (inverse * mask)[..., None]).astype(hidden.dtype)
         dweight += dot(scaled, exponentials, (0, 1), (0, 1))
-        return (total + loss, dweight), dhidden.astype(hidden.dtype)
+        return (total + loss, dweight), (dhidden.astype(hidden.dtype), of_target)
 
     zero = zeros_varying_like((), wide(hidden.dtype), mask)
     dweight = zeros_varying_like(weight.shape[::-1], zero.dtype, weight)
-    (total, dweight), dhidden = jax.lax.scan(add, (zero, dweight), (hidden, targets, mask))
-    dweight = dweight.T.at[targets].add(-hidden * mask[..., None], mode="drop", wrap_negative_indices=False)
+    (total, dweight), (dhidden, of_target) = jax.lax.scan(add, (zero, dweight), (hidden, targets, mask))
+    dweight = dweight.T.at[targets].add(-hidden * of_target[..., None], mode="drop", wrap_negative_indices=False)
     return total, (dhidden, dweight.astype(weight.dtype))
 
 
-def chunked_bwd(residuals: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
+def chunked_bwd(softcap: float | None, residuals: tuple[Array, Array], g: Array) -> tuple[Any, ...]:
     dhidden, dweight = residuals
     return (dhidden * g).astype(dhidden.dtype), (dweight * g).astype(dweight.dtype), None, None
 

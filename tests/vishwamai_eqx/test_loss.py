@@ -8,23 +8,28 @@ import pytest
 from vishwamai_eqx import loss
 
 
-def plain(hidden, weight, targets, mask):
+def plain(hidden, weight, targets, mask, softcap):
     logits = jnp.einsum("bsd,vd->bsv", hidden, weight)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
     picked = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(picked * mask)
 
 
-@pytest.mark.parametrize("chunk", [1 << 22, 24, 12, 1])
-@pytest.mark.parametrize("batch", [4, 3])
-def test_value_and_gradients_are_the_plain_ones(monkeypatch, chunk, batch):
+@pytest.mark.parametrize(
+    ("chunk", "batch", "softcap"),
+    [(1 << 22, 4, None), (24, 3, 2.0), (24, 4, None), (12, 3, None), (12, 4, 2.0), (1, 3, None), (1, 4, 30.0)],
+)
+def test_value_and_gradients_are_the_plain_ones(monkeypatch, chunk, batch, softcap):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * 31)
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, weight = jax.random.normal(keys[0], (batch, 6, 8)), jax.random.normal(keys[1], (31, 8))
     targets = jax.random.randint(keys[2], (batch, 6), 0, 31)
     mask = (jax.random.uniform(keys[3], (batch, 6)) < 0.7).astype(jnp.float32)
-    expected = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets, mask), (0, 1))(hidden, weight)
-    found = jax.value_and_grad(lambda h, w: 3 * loss.cross_entropy(h, w, targets, mask), (0, 1))(hidden, weight)
+    expected = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets, mask, softcap), (0, 1))(hidden, weight)
+    ours = jax.value_and_grad(lambda h, w: 3 * loss.cross_entropy(h, w, targets, mask, softcap), (0, 1))
+    found = ours(hidden, weight)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), expected, found)
 
 
