@@ -75,7 +75,9 @@ def load(settings: Settings) -> Writer:
     """The run's model, or the Gemma that was asked for."""
     if settings.model is None:
         model, tokenizer, config = vishwamai_eqx.load(settings.run_dir)
-        return Writer(model, tokenizer, config.model.max_seq_len)
+        # What a fine-tuned Gemma read in training is no bound of what it can read.
+        longest = config.model.max_seq_len if config.gemma is None else config.gemma.max_position_embeddings
+        return Writer(model, tokenizer, longest)
     dtype = compute_dtype("auto")
     decoder = gemma.load(settings.model, jnp.dtype(dtype)).decoder
     return Writer(decoder, gemma.tokenizer(settings.model), decoder.config.max_position_embeddings)

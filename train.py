@@ -40,19 +40,22 @@ from vishwamai_eqx import (
     state,
 )
 from vishwamai_eqx.accounting import Clock
+from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.checkpoint import Checkpoints
-from vishwamai_eqx.config import BATCH_AXES, Config, parse_mesh, problems, to_dict
+from vishwamai_eqx.config import BATCH_AXES, Config, parse_mesh, to_dict
 from vishwamai_eqx.data import Batch
 from vishwamai_eqx.feed import Feed, place
 from vishwamai_eqx.guard import Refusals, Signals
 from vishwamai_eqx.logbook import Logbook
 from vishwamai_eqx.loss import cross_entropy
 from vishwamai_eqx.mesh import gather, index, make_mesh, on_mesh, size, sum_over
-from vishwamai_eqx.model import VishwamAI
+from vishwamai_eqx.moe import RouterMetrics
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.skip import Skips
+from vishwamai_eqx.speed import Speed
 from vishwamai_eqx.state import TrainState
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
+from vishwamai_eqx.validation import problems
 from vishwamai_eqx.version import code_version
 from vishwamai_eqx.watchdog import Watchdog
 
@@ -91,7 +94,7 @@ def make_step(
     schedule = optim.learning_rate(config.optim)
 
     def loss(
-        model: VishwamAI, probes: Array, batch: Batch, tokens: Array, key: Array | None, first_row: Array
+        model: Model, probes: Array, batch: Batch, tokens: Array, key: Array | None, first_row: Array
     ) -> tuple[Array, Any]:
         """A microbatch's part of the step's loss: sums over its rows, divided by what the whole step has."""
         # Once for both uses of a tied embedding, whose gradients are added before they cross the wire.
@@ -108,7 +111,7 @@ def make_step(
             probes=probes,
         )
         nll = token_loss(model, placement, hidden, batch) / tokens
-        if router is None:
+        if not isinstance(router, RouterMetrics):  # of a dense model, or a Gemma
             return nll, (nll, jnp.zeros(()), jnp.zeros(()), None)
         router = sum_over(router, *BATCH_AXES)
         balance, z = (rows.mean() / config.optim.batch_size for rows in (router.balance, router.z))
@@ -123,7 +126,7 @@ def make_step(
         # Nobody sums gradients over devices here. The loss is a sum over them already, and its transpose hands each
         # device the gradient of its own shards, complete: scattered for what was gathered, summed for what was copied.
         # The gradients of the probes say in which layer the forward pass was not finite.
-        def accumulate(gradients: tuple[VishwamAI, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
+        def accumulate(gradients: tuple[Model, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             part, number = xs
             first_row = (number * size(*BATCH_AXES) + index(*BATCH_AXES)) * rows
             more, metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(*variables, part, tokens, key, first_row)
@@ -165,7 +168,7 @@ def make_step(
 def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wrapped, tuple[TrainState, Batch]]:
     """The step of a mesh that may not be here, and the shapes, types and placement of what it takes."""
     transform = optim.optimizer(config.optim)
-    shapes = state.abstract_state(config.model, dtype, transform)
+    shapes = state.abstract_state(config, dtype, transform)
     specs = state.placement(shapes, dict(mesh.shape), transform)
     microbatches, rows = config.optim.microbatches, config.optim.batch_size
     batch = jax.ShapeDtypeStruct(
@@ -181,10 +184,10 @@ def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wr
     return make_step(config, mesh, specs, transform), (abstract, Batch(*[batch] * len(Batch._fields)))
 
 
-def make_evaluate(mesh: Mesh, specs: VishwamAI) -> Callable[[VishwamAI, Batch], tuple[Array, Array]]:
+def make_evaluate(mesh: Mesh, specs: Model) -> Callable[[Model, Batch], tuple[Array, Array]]:
     """The sum of the cross-entropy in nats over a batch, and its tokens."""
 
-    def evaluate(model: VishwamAI, batch: Batch) -> tuple[Array, Array]:
+    def evaluate(model: Model, batch: Batch) -> tuple[Array, Array]:
         hidden, _, _ = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, placement=specs)
         return token_loss(model, specs, hidden, batch), sum_over((batch.segment_ids > 0).sum(), *BATCH_AXES)
 
@@ -192,12 +195,12 @@ def make_evaluate(mesh: Mesh, specs: VishwamAI) -> Callable[[VishwamAI, Batch], 
     return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=True))
 
 
-def token_loss(model: VishwamAI, specs: VishwamAI, hidden: Array, batch: Batch) -> Array:
+def token_loss(model: Model, specs: Model, hidden: Array, batch: Batch) -> Array:
     """The sum of the cross-entropy over the tokens of all devices."""
     head = gather(model.head_weight, specs.head_weight, hidden.dtype)
     real = (batch.segment_ids > 0).astype(jnp.float32)
     with jax.named_scope("cross_entropy"):
-        return sum_over(cross_entropy(hidden, head.weight, batch.targets, real), *BATCH_AXES)
+        return sum_over(cross_entropy(hidden, head.weight, batch.targets, real, model.softcap), *BATCH_AXES)
 
 
 def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
@@ -213,7 +216,7 @@ def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
         tokenizer.save(folder)
     else:
         tokenizer = data.train_tokenizer(corpus, config.model.vocab_size, folder)
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if not run.fits(tokenizer, config):
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
             f"{config.tokenizer or folder}; take --model.vocab-size {tokenizer.vocab_size}."
@@ -245,6 +248,9 @@ def set_up(config: Config) -> Setup:
     mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
     step, (abstract, batch) = abstract_step(config, mesh, dtype)
+    assert config.run_dir is not None
+    if not checkpoint.steps(config.run_dir / "checkpoints"):
+        state.check(config, abstract)
     compiling = ThreadPoolExecutor(1).submit(step.lower(abstract, batch).compile)
     length, rows = config.model.max_seq_len, config.optim.batch_size
     dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
@@ -255,7 +261,7 @@ def set_up(config: Config) -> Setup:
         dtype,
         jax.tree.map(lambda sharding: sharding.spec, shardings),
         abstract,
-        lambda: state.initialise(config.model, dtype, transform, config.seed, shardings),
+        lambda: state.initialise(config, dtype, transform, shardings),
         NamedSharding(mesh, MICROBATCHES),
         compiling,
     )
@@ -269,7 +275,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
     evaluate, held_out = make_evaluate(mesh, specs.model), NamedSharding(mesh, ROWS)
     steps, microbatches = config.optim.steps, config.optim.microbatches
     kind, signals.processes = jax.devices()[0].device_kind, jax.process_count()
-    total, active = flops.parameters(config.model)
+    total, active = flops.parameters(config)
     console.print(
         f"{config.run_dir}: {total:,} parameters, {active:,} active, in {dtype} on {mesh.size} {kind}, "
         f"mesh {', '.join(f'{axis}={n}' for axis, n in mesh.shape.items() if n > 1) or 'of one'}\n"
@@ -300,7 +306,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         Refusals() as refusals,
     ):
 
-        def look(step: int, model: VishwamAI, limit: int | None) -> evaluation.HeldOut:
+        def look(step: int, model: Model, limit: int | None) -> evaluation.HeldOut:
             result = evaluation.held_out(
                 evaluate, model, dataset, held_out, config.optim.batch_size // microbatches, limit
             )
@@ -311,7 +317,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
             )
             return result
 
-        def write(step: int, model: VishwamAI) -> list[str]:
+        def write(step: int, model: Model) -> list[str]:
             # As many during the run as at its end, so that one program writes both.
             tokens = min(config.eval.sample_tokens, config.model.max_seq_len - 1)
             texts = evaluation.write(model, dataset.tokenizer, tokens=tokens, seed=step, samples=config.eval.samples)
@@ -439,32 +445,6 @@ def replay(config: Config, target: int) -> int:
     if int(metrics.watch.skipped):
         print(f"the step is skipped: {skip.reason(metrics)}")
     return 0 if repr(now) == repr(logged[1:]) else 1
-
-
-class Speed:
-    """A step's row for the logbook, with tokens per second and, where the chip's peak is known, FLOPs utilisation."""
-
-    def __init__(self, config: Config, kind: str, devices: int):
-        self.flops, self.peak = flops.per_token(config.model), flops.PEAK_FLOPS.get(kind, 0.0) * devices
-        self.previous: Metrics | None = None
-        self.time, self.note = time.perf_counter(), ""
-
-    def __call__(self, metrics: Metrics) -> dict[str, Any]:
-        # Waits for the step before this one, so that the device always has one to go on with.
-        awaited = self.previous or metrics
-        loss, tokens, self.previous = float(awaited.loss), float(awaited.tokens), metrics
-        now = time.perf_counter()
-        rate, self.time = tokens / (now - self.time), now
-        row: dict[str, Any] = {
-            name: getattr(metrics, name) for name in ("loss", "grad_norm", "learning_rate", "tokens")
-        }
-        row |= {"tokens_per_second": rate, "balance": metrics.balance, "router_z": metrics.router_z}
-        row |= {"batch_hash": data.BatchHash(metrics.batch), "skipped": metrics.watch.skipped}
-        self.note = f"loss {loss:.3f} · {rate:,.0f} tokens/s"
-        if self.peak:
-            row["mfu"] = rate * self.flops / self.peak
-            self.note += f" · MFU {row['mfu']:.1%}"
-        return row
 
 
 def progress(console: Console) -> Progress:

@@ -99,11 +99,11 @@ def test_another_mesh_goes_on_with_the_same_batches(tmp_path):
 
     def run(sizes: dict[str, int], first: int, last: int, checkpoints: Checkpoints) -> list[train.Metrics]:
         mesh, transform = make_mesh(sizes), optim.optimizer(config.optim)
-        abstract = state.abstract_state(config.model, "float64", transform)
+        abstract = state.abstract_state(config, "float64", transform)
         specs = state.placement(abstract, dict(mesh.shape), transform)
         shardings = state.shardings(mesh, specs)
         wide = lambda leaf: leaf.astype(jnp.float64) if leaf.dtype == jnp.float32 else leaf  # noqa: E731
-        new = jax.tree.map(wide, state.initialise(config.model, "float64", transform, 0, shardings))
+        new = jax.tree.map(wide, state.initialise(config, "float64", transform, shardings))
         current = new if first == 0 else checkpoints.restore(new)
         step = train.make_step(config, mesh, specs, transform)
         metrics = []

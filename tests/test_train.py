@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding
 import train
 from tests.small import MIXED, random_batch, rarely, small, worst
 from vishwamai_eqx import exchange, mesh, optim, state
+from vishwamai_eqx.architecture import build
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import make_mesh
-from vishwamai_eqx.model import build
 from vishwamai_eqx.state import TrainState
 
 
@@ -30,10 +30,10 @@ def run(
 ) -> tuple[list[train.Metrics], TrainState]:
     """Some steps on a mesh of those sizes; the metrics of each and the last state."""
     devices, transform = make_mesh(mesh), optim.optimizer(config.optim)
-    abstract = state.abstract_state(config.model, dtype, transform)
+    abstract = state.abstract_state(config, dtype, transform)
     specs = state.placement(abstract, dict(devices.shape), transform)
     shardings = state.shardings(devices, specs)
-    current = start(state.initialise(config.model, dtype, transform, 0, shardings))
+    current = start(state.initialise(config, dtype, transform, shardings))
     if dtype == "float64":
         current = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, current)
     step = train.make_step(config, devices, specs, transform)
@@ -101,7 +101,7 @@ def test_first_gradient_in_f32(mesh, microbatches):
 
 @pytest.mark.parametrize("sizes", [{"data": 8}, MIXED], ids=str)
 def test_held_out_loss_is_the_same_on_every_mesh(sizes):
-    model, batch = build(small().model, "float32", jax.random.key(0)), random_batch(16, 16, 0)
+    model, batch = build(small(), "float32", jax.random.key(0)), random_batch(16, 16, 0)
 
     def held_out(sizes):
         devices = make_mesh(sizes)

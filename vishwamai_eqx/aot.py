@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from kernels.moe_dispatch.plan import default_alignment, padded_rows
 from vishwamai_eqx import flops, program
-from vishwamai_eqx.config import Config, ModelConfig
+from vishwamai_eqx.config import Config
 from vishwamai_eqx.program import Kernel, Program, Shape
 
 # How the compiler writes sizes.
@@ -58,7 +58,7 @@ def compile_step(step: jax.stages.Wrapped, arguments: tuple[Any, ...], on: Mesh,
     assert memory is not None
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     rows = config.optim.batch_size // config.optim.microbatches // _shards(on)
-    read = program.read(compiled.as_text() or "", on.size, counter(config.model, rows * config.model.max_seq_len))
+    read = program.read(compiled.as_text() or "", on.size, counter(config, rows * config.model.max_seq_len))
     return Compiled(peak + memory.temp_size_in_bytes, read, time.perf_counter() - started)
 
 
@@ -72,14 +72,15 @@ def exhausted(message: str) -> int | None:
     return None
 
 
-def counter(config: ModelConfig, tokens: int) -> Kernel:
+def counter(config: Config, tokens: int) -> Kernel:
     """What a kernel of this package multiplies for a step's microbatch of so many tokens on a device.
 
     Of a routed buffer the rows that tokens take; of scores those that a query sees. The backward kernel of attention
     makes the scores again.
     """
-    choices = tokens * config.experts_per_token
-    padded = padded_rows(choices, config.num_experts, default_alignment(choices, config.num_experts))
+    model = config.model
+    choices = tokens * model.experts_per_token
+    padded = padded_rows(choices, model.num_experts, default_alignment(choices, model.num_experts))
     seen = flops.keys_seen(config)
 
     def count(name: str, operands: list[Shape], results: list[Shape]) -> tuple[float, float]:
@@ -95,7 +96,7 @@ def counter(config: ModelConfig, tokens: int) -> Kernel:
             return 4.0 * float(np.prod(out)) * seen, 0.0
         if name.startswith("flash_attention_bwd"):
             # One call has all keys, or a part of them.
-            product = 2.0 * float(np.prod(out)) * seen * results[1].sizes[2] / config.max_seq_len
+            product = 2.0 * float(np.prod(out)) * seen * results[1].sizes[2] / model.max_seq_len
             return 5 * product, product
         return 0.0, 0.0
 

@@ -13,6 +13,7 @@ import kernels
 from vishwamai_eqx.config import AttentionPattern
 from vishwamai_eqx.layers import RMSNorm, TPUGEMMLinear, rotate
 from vishwamai_eqx.mesh import index, size, vary
+from vishwamai_eqx.numbers import divisors
 
 Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 """Cosines and sines of the rotary positions, the same for all layers."""
@@ -230,8 +231,3 @@ def block_pattern(blocks: int) -> Bool[np.ndarray, "blocks blocks"]:
     """Which blocks of keys a block of queries sees: its own, the one before, and the first of the row."""
     query, key = np.arange(blocks)[:, None], np.arange(blocks)[None, :]
     return (key <= query) & ((query - key <= 1) | (key == 0))
-
-
-def divisors(n: int) -> list[int]:
-    """The whole numbers that divide n."""
-    return [d for d in range(1, n + 1) if n % d == 0]

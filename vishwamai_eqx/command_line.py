@@ -15,12 +15,15 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
+from vishwamai_eqx import gemma_config
 from vishwamai_eqx.config import PRESETS, Config, from_dict, nearest, to_dict
 
 Settings = TypeVar("Settings")
 # Settings that may differ when a run is resumed: they change what is looked at, not what is computed. With those of
-# `guard` a run that stopped for too many skipped steps gets past them.
-FREE = ("run_dir", "mesh", "dry_run", "topology", "plan", "json", "replay", "checkpoint", "eval", "guard")
+# `guard` a run that stopped for too many skipped steps gets past them. What `gemma` holds is of the folder in `init`.
+FREE = ("run_dir", "gemma", "mesh", "dry_run", "topology", "plan", "json", "replay", "checkpoint", "eval", "guard")
+# Peak learning rate where weights are trained already: a preset's own would undo them.
+FINE_TUNING_RATE = 2e-5
 
 
 def parse(
@@ -41,11 +44,14 @@ def parse(
         mistakes.append(f"preset={preset!r} must be one of {', '.join(PRESETS)}; take {nearest(preset)}.")
         raise ValueError("\n".join(mistakes))
     try:
-        run_dir = _run_dir(_value(argv, "--run-dir"), preset or "tiny")
+        init = _value(argv, "--init")
+        run_dir = _run_dir(_value(argv, "--run-dir"), Path(init).resolve().name if init else preset or "tiny")
         saved = read_config(run_dir)
+        fresh = saved is None or preset is not None
+        base = PRESETS[preset or "tiny"] if fresh else saved
+        base = _fine_tuning(base, Path(init)) if init and fresh else base
     except ValueError as error:
         raise ValueError("\n".join([*mistakes, str(error)])) from None
-    base = PRESETS[preset or "tiny"] if saved is None or preset is not None else saved
     base = dataclasses.replace(base, dry_run=False, topology=None, plan=False, json=False, replay=None)
     config = tyro.cli(Config, default=base, args=_joined(argv), description=description)
     config = dataclasses.replace(config, run_dir=run_dir)
@@ -67,13 +73,22 @@ def parse_settings(kind: type[Settings], argv: Sequence[str], default: Settings,
     return tyro.cli(kind, default=default, args=_joined(argv), description=description)
 
 
-def _run_dir(given: str | None, preset: str) -> Path:
-    """Where a run is to live; ValueError where no run can."""
-    run_dir = Path("runs") / preset if given is None else Path(given)
+def _fine_tuning(base: Config, folder: Path) -> Config:
+    """What fine-tunes the Gemma of a folder where nothing else is said; ValueError if there is none."""
+    gemma = gemma_config.read(folder)
+    length = min(base.model.max_seq_len, gemma.max_position_embeddings)
+    model = dataclasses.replace(base.model, **gemma.model_settings, max_seq_len=length, remat="full")
+    optim = dataclasses.replace(base.optim, learning_rate=FINE_TUNING_RATE)
+    return dataclasses.replace(base, init=folder, gemma=gemma, tokenizer=folder, model=model, optim=optim)
+
+
+def _run_dir(given: str | None, name: str) -> Path:
+    """Where a run is to live, under that name if no place is given; ValueError where no run can."""
+    run_dir = Path("runs") / name if given is None else Path(given)
     occupied = next((place for place in (run_dir, *run_dir.parents) if place.exists()), Path("/"))
     if given == "" or not occupied.is_dir():
         why = "a folder's name" if given == "" else f"a folder's or a new one's, and {occupied} is a file"
-        raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{preset}.")
+        raise ValueError(f"run_dir={given!r} must be {why}; take --run-dir runs/{name}.")
     if "?" in str(run_dir.absolute()):
         raise ValueError(
             f"run_dir={given!r}: no folder of its path may have ? in its name, after which DuckDB looks for options; "
@@ -128,6 +143,8 @@ def flags(kind: type) -> dict[str, Any]:
             aliases: tuple[str, ...] = ()
             if get_origin(hint) is Annotated:
                 hint, *extras = get_args(hint)
+                if tyro.conf.Suppress in extras:
+                    continue
                 aliases = tuple(alias for extra in extras for alias in getattr(extra, "aliases", None) or ())
             if dataclasses.is_dataclass(hint):
                 visit(hint, f"{prefix}{name}.")  # pyright: ignore[reportArgumentType]

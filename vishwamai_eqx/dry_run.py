@@ -63,8 +63,8 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
     compiled = aot.compile_step(*step_of(config, on, dtype), on, config)
 
     tokens = config.optim.batch_size * config.model.max_seq_len
-    total, active = flops.parameters(config.model)
-    of_model = flops.per_token(config.model)
+    total, active = flops.parameters(config)
+    of_model = flops.per_token(config)
     here = tokens / on.size
     program = compiled.program
     if program is None:
@@ -188,9 +188,9 @@ def _flags(settings: dict[str, Any]) -> str:
 
 
 def _print_totals(config: Config) -> None:
-    abstract = state.abstract_state(config.model, compute_dtype(config.precision), optim.optimizer(config.optim))
-    total, (_, active) = parameters.count(abstract.model), flops.parameters(config.model)
-    per_token = flops.per_token(config.model)
+    abstract = state.abstract_state(config, compute_dtype(config.precision), optim.optimizer(config.optim))
+    total, (_, active) = parameters.count(abstract.model), flops.parameters(config)
+    per_token = flops.per_token(config)
     if config.json:
         print(json.dumps({"parameters": {"total": total, "active": active}, "flops_per_token": {"hand": per_token}}))
     else:

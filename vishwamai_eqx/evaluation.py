@@ -12,8 +12,8 @@ from jax.sharding import Sharding
 from jaxtyping import Array
 
 from vishwamai_eqx import decode
+from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.data import Batch, Dataset
-from vishwamai_eqx.model import VishwamAI
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 
@@ -27,8 +27,8 @@ class HeldOut(NamedTuple):
 
 
 def held_out(
-    evaluate: Callable[[VishwamAI, Batch], tuple[Array, Array]],
-    model: VishwamAI,
+    evaluate: Callable[[Model, Batch], tuple[Array, Array]],
+    model: Model,
     dataset: Dataset,
     sharding: Sharding,
     rows: int,
@@ -44,7 +44,7 @@ def held_out(
     return HeldOut(nats / tokens, nats / math.log(2) / source_bytes)
 
 
-def write(model: VishwamAI, tokenizer: VishwamAITokenizer, *, tokens: int, seed: int, samples: int = 1) -> list[str]:
+def write(model: Model, tokenizer: VishwamAITokenizer, *, tokens: int, seed: int, samples: int = 1) -> list[str]:
     """Texts of at most so many tokens that the model writes from nothing."""
     rows = decode.generate(
         model,

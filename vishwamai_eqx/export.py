@@ -1,7 +1,8 @@
 """A run's model as a folder of its own: `python -m vishwamai_eqx.export RUN DIR`.
 
 DIR gets the weights as safetensors, the tokenizer, config.json and a model card; `vishwamai_eqx.load(DIR)` and
-`generate.py --run-dir DIR` read it as they read the run.
+`generate.py --run-dir DIR` read it as they read the run. A Gemma that was fine-tuned becomes a Gemma folder, for
+`vishwamai_eqx.gemma.load(DIR)`, `generate.py --model DIR` and `transformers`.
 """
 
 import dataclasses
@@ -12,14 +13,14 @@ from typing import Annotated
 
 import tyro
 
-from vishwamai_eqx import huggingface_model, logbook, manifest, run
+from vishwamai_eqx import gemma, huggingface_model, logbook, manifest, run
 from vishwamai_eqx.config import to_dict
 from vishwamai_eqx.parameters import count
 from vishwamai_eqx.version import __version__
 
 CARD = """# {name}
 
-A mixture-of-experts language model trained with VishwamAI {version}.
+{kind} with VishwamAI {version}.
 
 | | |
 |---|---|
@@ -30,11 +31,15 @@ A mixture-of-experts language model trained with VishwamAI {version}.
 | held-out bits per byte | {bits} |
 
 ```python
-import vishwamai_eqx
-
-model, tokenizer, config = vishwamai_eqx.load("{name}")
+{usage}
 ```
 """
+USAGE = """import vishwamai_eqx
+
+model, tokenizer, config = vishwamai_eqx.load("{name}")"""
+USAGE_OF_GEMMA = """from vishwamai_eqx import gemma
+
+model, tokenizer = gemma.load("{name}"), gemma.tokenizer("{name}")"""
 
 
 @dataclass(frozen=True)
@@ -62,15 +67,23 @@ def export(run_dir: Path, directory: Path) -> None:
         "SELECT bits_per_byte FROM evals WHERE step <= ? ORDER BY step DESC LIMIT 1", [step]
     )
     found = bits.fetchone()
-    own = dataclasses.replace(config, run_dir=None)
-    huggingface_model.write(directory, model, huggingface_model.by_path(model), to_dict(own))
-    tokenizer.save(directory / "tokenizer")
     shape = config.model
+    if isinstance(model, gemma.Decoder):
+        gemma.save(gemma.Gemma(model), directory)
+        tokenizer.save(directory)
+        kind, inner, usage = f"A {model.config.model_type} fine-tuned", "feed-forward", USAGE_OF_GEMMA
+    else:
+        own = dataclasses.replace(config, run_dir=None)
+        huggingface_model.write(directory, model, huggingface_model.by_path(model), to_dict(own))
+        tokenizer.save(directory / "tokenizer")
+        kind, inner, usage = "A mixture-of-experts language model trained", f"{shape.num_experts} experts", USAGE
     card = CARD.format(
         name=directory.name,
+        kind=kind,
+        usage=usage.format(name=directory.name),
         version=__version__,
         parameters=count(model),
-        shape=f"{shape.num_layers} layers of {shape.hidden_size}, {shape.num_experts} experts of {shape.ffn_dim}",
+        shape=f"{shape.num_layers} layers of {shape.hidden_size}, {inner} of {shape.ffn_dim}",
         step=step,
         batch=config.optim.batch_size,
         seq=shape.max_seq_len,

@@ -1,7 +1,7 @@
 """What a token costs, counted by hand, and what a chip can do."""
 
 from kernels.tpu import GENERATIONS
-from vishwamai_eqx.config import ModelConfig
+from vishwamai_eqx.config import Config
 
 # Dense bf16 FLOP/s of a device as jax counts devices, by its device_kind.
 PEAK_FLOPS = {
@@ -11,39 +11,58 @@ PEAK_FLOPS = {
 }
 
 
-def parameters(config: ModelConfig) -> tuple[int, int]:
+def head_dim(config: Config) -> int:
+    """Width of a head."""
+    return config.gemma.head_dim if config.gemma else config.model.hidden_size // config.model.num_heads
+
+
+def parameters(config: Config) -> tuple[int, int]:
     """Parameters in all, and those that one token meets."""
-    d, head_dim = config.hidden_size, config.hidden_size // config.num_heads
-    attention = 2 * d * d + 2 * d * config.num_kv_heads * head_dim
-    router = d * config.num_experts if config.num_experts > 1 else 0
-    norms = 2 * 2 * d
-    expert = 3 * d * config.ffn_dim
-    outside = config.vocab_size * d * (1 if config.tie_embeddings else 2) + 2 * d
+    model, gemma = config.model, config.gemma
+    d = model.hidden_size
+    attention = 2 * d * (model.num_heads + model.num_kv_heads) * head_dim(config)
+    router = d * model.num_experts if model.num_experts > 1 else 0
+    if gemma is None:
+        norms, last = 2 * 2 * d, 2 * d
+    else:
+        norms, last = (4 if gemma.has_post_norms else 2) * d + 2 * gemma.has_qk_norm * gemma.head_dim, d
+    expert = 3 * d * model.ffn_dim
+    outside = model.vocab_size * d * (1 if model.tie_embeddings else 2) + last
     total, active = (
-        config.num_layers * (attention + router + norms + experts * expert) + outside
-        for experts in (config.num_experts, min(config.experts_per_token, config.num_experts))
+        model.num_layers * (attention + router + norms + experts * expert) + outside
+        for experts in (model.num_experts, min(model.experts_per_token, model.num_experts))
     )
     return total, active
 
 
-def keys_seen(config: ModelConfig) -> float:
-    """Keys that a query sees on average."""
-    seen = config.max_seq_len / 2
-    if config.attention_pattern == "window":
-        seen = min(seen, config.window)
-    if config.attention_pattern == "blocks":
-        seen = min(seen, 2.5 * config.attention_block)
+def keys_seen(config: Config) -> float:
+    """Keys that a query sees on average, over the layers too."""
+    model, seen = config.model, config.model.max_seq_len / 2
+    if config.gemma is not None:
+        kinds = config.gemma.layer_types
+        return sum(min(seen, config.gemma.sliding_window) if it == "sliding_attention" else seen for it in kinds) / len(
+            kinds
+        )
+    if model.attention_pattern == "window":
+        seen = min(seen, model.window)
+    if model.attention_pattern == "blocks":
+        seen = min(seen, 2.5 * model.attention_block)
     return seen
 
 
-def per_token(config: ModelConfig) -> float:
+def attended(config: Config) -> float:
+    """FLOPs of a token's scores, or of the values that it takes, over all layers."""
+    model = config.model
+    return 2 * model.num_layers * model.num_heads * head_dim(config) * keys_seen(config)
+
+
+def per_token(config: Config) -> float:
     """FLOPs of forward and backward for a token: 6 for each active parameter in a matrix product, and attention's.
 
-    Scores and values take 12 * hidden_size FLOPs for each key that a query sees, on average half a row under the
+    Scores and values take 12 * heads * head_dim FLOPs for each key that a query sees, on average half a row under the
     causal mask (2204.02311, appendix B). What remat computes again is not counted: this is the model's work.
     """
-    seen = keys_seen(config)
-    _, active = parameters(config)
+    model, (_, active) = config.model, parameters(config)
     # A tied embedding is a matrix product once, as the head; an untied one besides is a look-up.
-    lookup = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
-    return 6 * (active - lookup) + 12 * config.num_layers * config.hidden_size * seen
+    lookup = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
+    return 6 * (active - lookup) + 6 * attended(config)

@@ -10,15 +10,18 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vishwamai_eqx import gemma_config, huggingface_model
 from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
 from vishwamai_eqx.config import Remat
 from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
-from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, TPUGEMMLinear, rotary_angles, wide
+from vishwamai_eqx.gemma_names import names
+from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.model import REMAT, without_layers
+from vishwamai_eqx.nonfinite import tap
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 
@@ -32,7 +35,7 @@ class Block(eqx.Module):
     mlp: GatedMLP
     post_mlp_norm: RMSNorm | None
 
-    def __init__(self, config: GemmaConfig, kind: LayerKind, *, key: PRNGKeyArray):
+    def __init__(self, config: GemmaConfig, kind: LayerKind, attention: str = "auto", *, key: PRNGKeyArray):
         attention_key, mlp_key = jax.random.split(key)
 
         def norm() -> RMSNorm:
@@ -51,6 +54,7 @@ class Block(eqx.Module):
             qk_norm_epsilon=config.rms_norm_eps if config.has_qk_norm else None,
             scale=config.query_pre_attn_scalar**-0.5,
             softcap=config.attn_logit_softcapping,
+            implementation=None if attention == "auto" else attention,
             key=attention_key,
         )
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, "gelu_tanh", key=mlp_key)
@@ -96,13 +100,19 @@ class Decoder(eqx.Module):
     remat: Remat = eqx.field(static=True)
 
     def __init__(
-        self, config: GemmaConfig, compute_dtype: str = "float32", remat: Remat = "full", *, key: PRNGKeyArray
+        self,
+        config: GemmaConfig,
+        compute_dtype: str = "float32",
+        remat: Remat = "full",
+        *,
+        attention: str = "auto",
+        key: PRNGKeyArray,
     ):
         embedding_key, head_key, blocks_key, rest_key = jax.random.split(key, 4)
         repeats, rest = divmod(config.num_hidden_layers, config.period)
 
         def stack(kind: LayerKind, layers: int, key: PRNGKeyArray) -> Block:
-            return eqx.filter_vmap(lambda key: Block(config, kind, key=key))(jax.random.split(key, layers))
+            return eqx.filter_vmap(lambda key: Block(config, kind, attention, key=key))(jax.random.split(key, layers))
 
         def stacks(count: int, layers: int, key: PRNGKeyArray) -> tuple[Block, ...]:
             kinds = config.layer_types[:count]
@@ -123,12 +133,15 @@ class Decoder(eqx.Module):
         segment_ids: Int[Array, "batch seq"] | None = None,
         positions: Int[Array, "batch seq"] | None = None,
         cache: GemmaCache | None = None,
+        key: None = None,
         placement: Any = None,
+        first_row: Int[Array, ""] | int = 0,
+        probes: Float[Array, "blocks"] | None = None,
         return_hidden: bool = False,
     ) -> tuple[Float[Array, "batch seq d_model"], GemmaCache | None, list[Float[Array, "batch seq d_model"]] | None]:
         """Final hidden states, the cache with the new tokens in it, and with `return_hidden` each block's output.
 
-        Arguments are those of `VishwamAI`.
+        Arguments are those of `VishwamAI`; there is no dropout that `key` and `first_row` would be for.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -139,6 +152,12 @@ class Decoder(eqx.Module):
         with jax.named_scope("embedding"):
             embedding = gather(self.embedding, placement and placement.embedding, dtype)
             x = embedding(tokens).astype(dtype) * jnp.asarray(config.hidden_size**0.5, dtype)
+        repeats = config.num_hidden_layers // config.period
+        period_probes = rest_probes = None
+        if probes is not None:
+            x = tap(x, probes[0])
+            period_probes, rest_probes = jnp.split(probes[1:], [repeats * config.period])
+            period_probes = period_probes.reshape(repeats, config.period)
         turned = {
             "full_attention": (config.rope_theta, config.rope_factor),
             "sliding_attention": (config.rope_local_theta, 1.0),
@@ -150,7 +169,9 @@ class Decoder(eqx.Module):
 
         angles = {kind: kind_angles(kind) for kind in set(config.layer_types)}
 
-        def layers(x: Array, shards: Any, caches: Any, index: Array, places: Any) -> tuple[Array, tuple, list[Array]]:
+        def layers(
+            x: Array, shards: Any, caches: Any, index: Array, places: Any, probes: Array | None
+        ) -> tuple[Array, tuple, list[Array]]:
             """Some blocks one after the other, each the `index`-th of its stack."""
             outputs, read = [], []
             for i, shard in enumerate(shards):
@@ -158,28 +179,29 @@ class Decoder(eqx.Module):
                 block = gather(shard, places and jax.tree.map(without_layers, places[i]), dtype)
                 slot = None if cache is None else CacheSlot(caches[i], index)
                 x, after = block(x, positions, angles[config.layer_types[i]], segment_ids, slot)
+                x = x if probes is None else tap(x, probes[i])
                 outputs.append(x)
                 read.append(after)
             return x, tuple(read), outputs
 
         def one_period(carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], list[Array] | None]:
-            shards, index = xs
-            x, caches, outputs = layers(*carry[:1], shards, carry[1], index, placement and placement.period)
+            shards, index, probes = xs
+            x, caches, outputs = layers(*carry[:1], shards, carry[1], index, placement and placement.period, probes)
             return (x, caches), outputs if return_hidden else None
 
         if self.remat != "none":
             one_period = jax.checkpoint(one_period, policy=REMAT[self.remat], prevent_cse=False)
-        repeats = config.num_hidden_layers // config.period
         nothing = (None,) * config.period
         carry = (x, nothing if cache is None else cache.period)
-        (x, period_caches), outputs = jax.lax.scan(one_period, carry, (self.period, jnp.arange(repeats)))
+        (x, period_caches), outputs = jax.lax.scan(one_period, carry, (self.period, jnp.arange(repeats), period_probes))
         hidden = None
         if outputs is not None:
             # Of [repeats] each, position by position of the period, to the order of the layers.
             hidden = [stack[i] for i in range(repeats) for stack in outputs]
         rest = jax.tree.map(lambda leaf: leaf[0], self.rest)
         rest_caches = nothing if cache is None else cache.rest
-        x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), placement and placement.rest)
+        places = placement and placement.rest
+        x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), places, rest_probes)
         if cache is not None:
             lengths = cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
 
@@ -191,13 +213,29 @@ class Decoder(eqx.Module):
         return x, cache, None if hidden is None else hidden + outputs
 
     @property
+    def stacks(self) -> list[Block]:
+        """The blocks, by the stacks that they are kept in."""
+        return [*self.period, *self.rest]
+
+    def by_layer(self, of_stacks: list[Array]) -> Array:
+        """What there is of each layer, in their order, given it for each of the stacks."""
+        periods, rest = of_stacks[: len(self.period)], of_stacks[len(self.period) :]
+        interleaved = jnp.stack(periods, axis=1).reshape(-1, *periods[0].shape[1:])
+        return jnp.concatenate([interleaved, *rest])
+
+    @property
+    def softcap(self) -> float | None:
+        """The bound of the logits."""
+        return self.config.final_logit_softcapping
+
+    @property
     def head_weight(self) -> Embedding:
         """The embedding that hidden states are compared with."""
         return self.embedding if self.untied_head is None else self.untied_head
 
     def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
         """Logits in f32, soft-capped where the configuration says so."""
-        logits, cap = self.head_weight.logits(hidden), self.config.final_logit_softcapping
+        logits, cap = self.head_weight.logits(hidden), self.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
 
     def new_cache(self, batch: int, length: int) -> GemmaCache:
@@ -252,7 +290,17 @@ def load(
         tokenizer(path)
     compute = jnp.dtype(dtype if compute_dtype is None else compute_dtype).name
     abstract = eqx.filter_eval_shape(lambda: Decoder(config, compute, remat, key=jax.random.key(0)))
-    return Gemma(huggingface_model.read(path, abstract, names(abstract), jnp.dtype(dtype), shardings))
+    return Gemma(read(path, abstract, jnp.dtype(dtype), shardings))
+
+
+def read(folder: Path, abstract: Decoder, dtype: np.dtype, shardings: Any = None) -> Decoder:
+    """The decoder of those shapes with the weights of a folder; ValueError where they are not its."""
+    return huggingface_model.read(folder, abstract, names(abstract, abstract.config), dtype, shardings)
+
+
+def check(folder: Path, abstract: Decoder) -> None:
+    """Refuse, as `read` does, a folder whose weights are not of a decoder of those shapes; none of them is read."""
+    huggingface_model.check(folder, abstract, names(abstract, abstract.config))
 
 
 def tokenizer(path: str | Path) -> VishwamAITokenizer:
@@ -274,57 +322,6 @@ def save(gemma: Gemma, path: str | Path) -> None:
     """Write a folder that `transformers` loads, weights in the type that they have here."""
     decoder = gemma.decoder
     dtype = decoder.embedding.weight.dtype.name
-    huggingface_model.write(Path(path), decoder, names(decoder), gemma_config.describe(decoder.config, dtype))
-
-
-# Where the file's name differs from the field's; weights of files are [out, in].
-_FIELDS = {
-    "attention_norm": "input_layernorm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.out": "self_attn.o_proj",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
-    "mlp.gate": "mlp.gate_proj",
-    "mlp.up": "mlp.up_proj",
-    "mlp.down": "mlp.down_proj",
-}
-# In Gemma 1 the second norm of a layer bears the name that in later ones a norm after attention has.
-_NORMS = {"mlp_norm": "post_attention_layernorm"}
-_POST_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "mlp_norm": "pre_feedforward_layernorm",
-    "post_mlp_norm": "post_feedforward_layernorm",
-}
-
-
-def names(decoder: Decoder) -> Any:
-    """A tree like `decoder` of the `huggingface_model.Source` of each array."""
-    config = decoder.config
-    fields = _FIELDS | (_POST_NORMS if config.has_post_norms else _NORMS)
-    outside = {
-        "embedding": "model.embed_tokens.weight",
-        "norm": "model.norm.weight",
-        "untied_head": "lm_head.weight",
-    }
-
-    def source(path: tuple[Any, ...], leaf: Any) -> huggingface_model.Source:
-        keys = [str(getattr(entry, "name", getattr(entry, "idx", None))) for entry in path]
-        if keys[0] in outside:
-            return huggingface_model.Source((outside[keys[0]],), stacked=False, transposed=False)
-        first, field = int(keys[1]), ".".join(keys[2:-1])
-        if keys[0] == "rest":
-            layers = [config.num_hidden_layers - len(decoder.rest) + first]
-        else:
-            layers = range(first, config.num_hidden_layers - len(decoder.rest), config.period)
-        module = decoder.period[0]
-        for name in keys[2:-1]:
-            module = getattr(module, name)
-        # A linear map that makes more features than it takes is stored [in, out].
-        transposed = isinstance(module, TPUGEMMLinear) and module.features >= module.in_features
-        return huggingface_model.Source(
-            tuple(f"model.layers.{layer}.{fields[field]}.weight" for layer in layers), True, transposed
-        )
-
-    return jax.tree_util.tree_map_with_path(source, decoder)
+    huggingface_model.write(
+        Path(path), decoder, names(decoder, decoder.config), gemma_config.describe(decoder.config, dtype)
+    )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from vishwamai_eqx.attention import divisors
+from vishwamai_eqx.numbers import divisors
 
 Family = Literal["gemma", "gemma2", "gemma3_text"]
 LayerKind = Literal["sliding_attention", "full_attention"]
@@ -87,6 +87,25 @@ class GemmaConfig:
     @property
     def has_qk_norm(self) -> bool:
         return self.model_type == "gemma3_text"
+
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """What it has in common with the settings of VishwamAI, under their names, and what those have to be here."""
+        return {
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "num_layers": self.num_hidden_layers,
+            "num_heads": self.num_attention_heads,
+            "num_kv_heads": self.num_key_value_heads,
+            "num_experts": 1,
+            "experts_per_token": 1,
+            "ffn_dim": self.intermediate_size,
+            "attention_pattern": "full",
+            "rope_theta": self.rope_theta,
+            "tie_embeddings": self.tie_word_embeddings,
+            "dropout_rate": 0.0,
+            "scan_unroll": 1,
+        }
 
     @property
     def period(self) -> int:

@@ -135,15 +135,7 @@ def read(folder: Path, abstract: Tree, sources: Any, dtype: np.dtype, shardings:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     places = [here] * len(leaves) if shardings is None else structure.flatten_up_to(shardings)
     with contextlib.ExitStack() as stack:
-        weights = Weights(folder, stack)
-        wanted = {
-            name: tuple(reversed(shape)) if origin.transposed else shape
-            for leaf, origin in zip(leaves, origins, strict=True)
-            for name in origin.names
-            for shape in (leaf.shape[1:] if origin.stacked else leaf.shape,)
-        }
-        # Files of a tied head may hold it once more.
-        weights.check(wanted, optional=("lm_head.weight",))
+        weights = _opened(folder, abstract, sources, stack)
         arrays = [
             jax.make_array_from_callback(
                 leaf.shape, place, functools.partial(_part, weights, origin, leaf.shape, dtype)
@@ -151,6 +143,26 @@ def read(folder: Path, abstract: Tree, sources: Any, dtype: np.dtype, shardings:
             for leaf, origin, place in zip(leaves, origins, places, strict=True)
         ]
         return jax.tree.unflatten(structure, jax.block_until_ready(arrays))
+
+
+def check(folder: Path, abstract: Any, sources: Any) -> None:
+    """Refuse, as `read` does, a folder that has not the arrays of `abstract`; the headers of its files are read."""
+    with contextlib.ExitStack() as stack:
+        _opened(folder, abstract, sources, stack)
+
+
+def _opened(folder: Path, abstract: Any, sources: Any, stack: contextlib.ExitStack) -> Weights:
+    weights = Weights(folder, stack)
+    leaves, structure = jax.tree.flatten(abstract)
+    wanted = {
+        name: tuple(reversed(shape)) if origin.transposed else shape
+        for leaf, origin in zip(leaves, structure.flatten_up_to(sources), strict=True)
+        for name in origin.names
+        for shape in (leaf.shape[1:] if origin.stacked else leaf.shape,)
+    }
+    # Files of a tied head may hold it once more.
+    weights.check(wanted, optional=("lm_head.weight",))
+    return weights
 
 
 def _part(

@@ -17,7 +17,7 @@ import jax
 
 from kernels.moe_dispatch.plan import default_alignment, padded_rows
 from kernels.tpu import Generation
-from vishwamai_eqx import loss, optim, state
+from vishwamai_eqx import flops, loss, optim, state
 from vishwamai_eqx.config import Config, ModelConfig
 
 F32 = 4
@@ -60,7 +60,7 @@ def estimate(config: Config, sizes: dict[str, int], generation: Generation) -> M
     wide = 2 if config.precision != "f32" else F32
     tokens = rows(config, sizes) * model.max_seq_len
     stream = tokens * model.hidden_size * wide
-    kept = model.num_layers * (stream + _kept_besides(model, tokens, wide, held.layer))
+    kept = model.num_layers * (stream + _kept_besides(config, tokens, wide, held.layer))
     # Casts of stacked weights are made for all layers at once, before the loop. The embedding's gradient is whole in
     # the compute type from the loss to the end of backward.
     casts, embedding = held.layers * wide if wide < F32 else 0, held.embedding * wide
@@ -97,10 +97,12 @@ def _with_gradients(model: ModelConfig, tokens: int, wide: int, held: Shards) ->
     return wide * (held.layer * 5 // 3 + _routed(model, tokens) * 6 * model.hidden_size)
 
 
-def _kept_besides(model: ModelConfig, tokens: int, wide: int, layer: int) -> int:
+def _kept_besides(config: Config, tokens: int, wide: int, layer: int) -> int:
     """What a layer leaves for its backward pass beside its input."""
-    d, kv_width = model.hidden_size, model.hidden_size // model.num_heads * model.num_kv_heads
-    projections = tokens * (2 * d + 2 * kv_width) * wide
+    model, d = config.model, config.model.hidden_size
+    # Queries, keys, values, and what attention gives back.
+    width, kv_width = (heads * flops.head_dim(config) for heads in (model.num_heads, model.num_kv_heads))
+    projections = tokens * (width + d + 2 * kv_width) * wide
     if model.remat == "full":
         return 0
     if model.remat == "dots":
@@ -133,13 +135,13 @@ def shards(config: Config, sizes: dict[str, int]) -> Shards:
         return sum(math.prod(leaf.shape) // _pieces(spec, {**sizes, "data": 1}) for leaf, spec in pairs)
 
     model, placed = abstract.model, specs.model
-    layers = whole(model.blocks, placed.blocks)
+    layers = whole(model.stacks, placed.stacks)
     outside = whole(model.embedding, placed.embedding)
     head = 0 if model.untied_head is None else whole(model.untied_head, placed.untied_head)
     return Shards(
         parameters=held(model, placed),
         optimizer=held(abstract.opt_state, specs.opt_state),
-        layers=held(model.blocks, placed.blocks),
+        layers=held(model.stacks, placed.stacks),
         layer=layers // config.model.num_layers,
         embedding=outside,
         gathered=layers + outside + head,
@@ -148,7 +150,7 @@ def shards(config: Config, sizes: dict[str, int]) -> Shards:
 
 @functools.cache
 def _abstract(config: Config) -> Any:
-    return state.abstract_state(config.model, "bfloat16", optim.optimizer(config.optim))
+    return state.abstract_state(config, "bfloat16", optim.optimizer(config.optim))
 
 
 def _pieces(spec: Any, sizes: dict[str, int]) -> int:

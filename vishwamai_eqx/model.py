@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
-from vishwamai_eqx.config import AttentionPattern, ModelConfig, Remat
+from vishwamai_eqx.config import AttentionPattern, Remat
 from vishwamai_eqx.layers import Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
@@ -199,6 +199,21 @@ class VishwamAI(eqx.Module):
         return hidden, cache, metrics
 
     @property
+    def stacks(self) -> list[Block]:
+        """The blocks, by the stacks that they are kept in."""
+        return [self.blocks]
+
+    def by_layer(self, of_stacks: list[Array]) -> Array:
+        """What there is of each layer, in their order, given it for each of the stacks."""
+        (layers,) = of_stacks
+        return layers
+
+    @property
+    def softcap(self) -> None:
+        """Logits are not capped."""
+        return None
+
+    @property
     def head_weight(self) -> Embedding:
         """The embedding that hidden states are compared with: the input's own unless the head is untied."""
         return self.embedding if self.untied_head is None else self.untied_head
@@ -219,9 +234,3 @@ class VishwamAI(eqx.Module):
 def without_layers(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:
     """The place of one layer's array, given that of the stack."""
     return jax.sharding.PartitionSpec(*spec[1:])
-
-
-def build(config: ModelConfig, compute_dtype: str, key: PRNGKeyArray) -> VishwamAI:
-    """The model of a configuration."""
-    arguments = {name: getattr(config, name) for name in config.__dataclass_fields__}
-    return VishwamAI(**arguments, compute_dtype=compute_dtype, key=key)

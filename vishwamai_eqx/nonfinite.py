@@ -60,7 +60,7 @@ def broken(outputs: Float[Array, "blocks"], gradients: Any) -> Broken:
 
     flags = [
         parts(gradients.embedding, whole)[None],
-        parts(gradients.blocks, lambda ndim: tuple(range(1, ndim))),
+        gradients.by_layer([parts(stack, lambda ndim: tuple(range(1, ndim))) for stack in gradients.stacks]),
         parts((gradients.norm, gradients.untied_head), whole)[None],
     ]
     return Broken(outputs.astype(jnp.int32), devices(jnp.concatenate(flags)))

@@ -12,7 +12,9 @@ from typing import NamedTuple, get_args
 from kernels import topology
 from kernels.tpu import Generation
 from vishwamai_eqx import flops, memory, roofline
-from vishwamai_eqx.config import Config, Remat, divisors, parse_mesh, problems
+from vishwamai_eqx.config import Config, Remat, parse_mesh
+from vishwamai_eqx.numbers import divisors
+from vishwamai_eqx.validation import problems
 
 # The estimate is within 15% of the compiler's figure; what a search chooses should fit all the same.
 MARGIN = 0.87
@@ -70,7 +72,7 @@ def candidates(config: Config) -> Iterator[Config]:
     assert config.topology is not None
     devices = topology.count(config.topology)
     # The mesh stays as it was asked for: what tokens sent to experts and sums over `model` cost is not estimated here.
-    for parts, remat in itertools.product(sorted(divisors(config.optim.batch_size)), get_args(Remat)):
+    for parts, remat in itertools.product(divisors(config.optim.batch_size), get_args(Remat)):
         changed = dataclasses.replace(
             config,
             optim=dataclasses.replace(config.optim, microbatches=parts),
@@ -91,7 +93,7 @@ def seconds(config: Config, generation: Generation, shape: tuple[int, ...]) -> f
     moved = roofline.hbm_bytes(config, 4 * (held.parameters + held.optimizer), 2 * held.gathered)
     per_device = tokens / devices
     bound = roofline.roofline(
-        generation, roofline.executed(config) * per_device, flops.per_token(config.model) * per_device, moved, wire
+        generation, roofline.executed(config) * per_device, flops.per_token(config) * per_device, moved, wire
     )
     return max(bound.compute, bound.hbm) + bound.ici
 

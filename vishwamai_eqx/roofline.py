@@ -55,9 +55,9 @@ def roofline(
 def executed(config: Config) -> float:
     """FLOPs of a token with what remat computes again, by hand."""
     model = config.model
-    _, active = flops.parameters(model)
+    _, active = flops.parameters(config)
     outside = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    scores = 2 * model.num_layers * model.hidden_size * flops.keys_seen(model)
+    scores = flops.attended(config)
     # The backward kernel makes the scores again; full remat a forward pass of the layers. Dots keep the products but
     # those of kernels.
     again = scores
@@ -66,7 +66,7 @@ def executed(config: Config) -> float:
     elif model.remat == "dots":
         chosen = min(model.experts_per_token, model.num_experts)
         again += 2 * model.num_layers * 3 * chosen * model.hidden_size * model.ffn_dim + 2 * scores
-    return flops.per_token(model) + again
+    return flops.per_token(config) + again
 
 
 def hbm_bytes(config: Config, state_bytes: int, gathered_bytes: int) -> float:

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vishwamai_eqx import checkpoint, huggingface_model
+from vishwamai_eqx.architecture import Model, build
 from vishwamai_eqx.command_line import read_config
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import gather
-from vishwamai_eqx.model import VishwamAI, build
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
@@ -19,7 +19,7 @@ from vishwamai_eqx.tokenizer import VishwamAITokenizer
 class Loaded(NamedTuple):
     """What a run directory holds."""
 
-    model: VishwamAI
+    model: Model
     tokenizer: VishwamAITokenizer
     config: Config
 
@@ -54,7 +54,7 @@ def configuration(run_dir: Path) -> Config:
 def tokenizer_of(run_dir: Path, config: Config) -> VishwamAITokenizer:
     """The tokenizer of a run that has begun, or of an export; ValueError if it cannot be its own."""
     tokenizer = VishwamAITokenizer(run_dir / "tokenizer")
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if not fits(tokenizer, config):
         raise ValueError(
             f"{run_dir / 'tokenizer'} has {tokenizer.vocab_size} pieces and must have the model's "
             f"{config.model.vocab_size}: the run's tokenizer has been exchanged; put its own back."
@@ -62,9 +62,13 @@ def tokenizer_of(run_dir: Path, config: Config) -> VishwamAITokenizer:
     return tokenizer
 
 
-def trained(
-    run_dir: Path, config: Config, tokenizer: VishwamAITokenizer, step: int | None = None
-) -> tuple[VishwamAI, int]:
+def fits(tokenizer: VishwamAITokenizer, config: Config) -> bool:
+    """Whether the model has a row for each piece, and only a Gemma, whose vocabularies are padded, more."""
+    spare = config.model.vocab_size - tokenizer.vocab_size
+    return spare == 0 or (spare > 0 and config.gemma is not None)
+
+
+def trained(run_dir: Path, config: Config, tokenizer: VishwamAITokenizer, step: int | None = None) -> tuple[Model, int]:
     """The model of a run's newest good checkpoint, or of the one of `step`, in f32, and its step.
 
     Raises ValueError if there is none, or if it learned from another tokenizer.
@@ -75,5 +79,5 @@ def trained(
     return saved["model"], int(saved["step"])
 
 
-def _abstract(config: Config) -> VishwamAI:
-    return jax.eval_shape(lambda: build(config.model, compute_dtype(config.precision), jax.random.key(0)))
+def _abstract(config: Config) -> Model:
+    return jax.eval_shape(lambda: build(config, compute_dtype(config.precision), jax.random.key(0)))

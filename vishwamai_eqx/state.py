@@ -5,14 +5,15 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from vishwamai_eqx import optim, skip
-from vishwamai_eqx.config import ModelConfig
+from vishwamai_eqx import gemma, optim, skip
+from vishwamai_eqx.architecture import Model, build
+from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import place
-from vishwamai_eqx.model import VishwamAI, build
 
 
 class TrainState(eqx.Module):
@@ -21,15 +22,15 @@ class TrainState(eqx.Module):
     Keys and batches derive from the step.
     """
 
-    model: VishwamAI
+    model: Model
     opt_state: Any
     watch: skip.Watch
     step: Int[Array, ""]
 
 
-def abstract_state(config: ModelConfig, compute_dtype: str, transform: optax.GradientTransformation) -> TrainState:
+def abstract_state(config: Config, compute_dtype: str, transform: optax.GradientTransformation) -> TrainState:
     """The state's shapes and types, nothing allocated."""
-    return jax.eval_shape(lambda: _init(config, compute_dtype, transform, 0))
+    return jax.eval_shape(lambda: _begin(build(config, compute_dtype, jax.random.key(0)), transform))
 
 
 def placement(state: TrainState, sizes: dict[str, int], transform: optax.GradientTransformation) -> TrainState:
@@ -45,13 +46,29 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
+def check(config: Config, state: TrainState) -> None:
+    """Refuse, as `initialise` does and before anything is compiled, to fine-tune what is not there."""
+    if config.init is not None:
+        gemma.check(config.init, state.model)
+
+
 def initialise(
-    config: ModelConfig, compute_dtype: str, transform: optax.GradientTransformation, seed: int, shardings: Any
+    config: Config, compute_dtype: str, transform: optax.GradientTransformation, shardings: TrainState
 ) -> TrainState:
-    """A new state, each device making its own shards; the same numbers on every mesh."""
-    return jax.jit(lambda: _init(config, compute_dtype, transform, seed), out_shardings=shardings)()
+    """A new state, each device making its own shards, or reading them of what the run fine-tunes.
+
+    The same numbers on every mesh. Raises ValueError where the folder has not the model's arrays.
+    """
+    if config.init is None:
+        seed = config.seed
+        new = jax.jit(
+            lambda: _begin(build(config, compute_dtype, jax.random.key(seed)), transform), out_shardings=shardings
+        )
+        return new()
+    abstract = jax.eval_shape(lambda: build(config, compute_dtype, jax.random.key(0)))
+    model = gemma.read(config.init, abstract, np.dtype(np.float32), shardings.model)
+    return jax.jit(lambda model: _begin(model, transform), donate_argnums=0, out_shardings=shardings)(model)
 
 
-def _init(config: ModelConfig, compute_dtype: str, transform: optax.GradientTransformation, seed: int) -> TrainState:
-    model = build(config, compute_dtype, jax.random.key(seed))
+def _begin(model: Model, transform: optax.GradientTransformation) -> TrainState:
     return TrainState(model, transform.init(model), skip.begin(), jnp.zeros((), jnp.int32))

@@ -8,7 +8,7 @@ import pytest
 
 import train
 from vishwamai_eqx import command_line, flops
-from vishwamai_eqx.config import PRESETS, ModelConfig
+from vishwamai_eqx.config import PRESETS, Config
 
 # Small, but scanned, rematerialised and sharded as the large ones are; of an inner width that fills registers, as what
 # kernels pad it by they multiply too.
@@ -41,15 +41,16 @@ def check(found: dict[str, Any], layer_weights: int) -> None:
     assert 0 < found["roofline"]["mfu"] < 1
 
 
-def layer_weights(config: ModelConfig) -> int:
+def layer_weights(config: Config) -> int:
     """Numbers of the compute type that all layers' weights are; a router's are f32, and count twice."""
-    outside = (config.vocab_size + 2) * config.hidden_size
-    return flops.parameters(config)[0] - outside + config.num_layers * config.hidden_size * config.num_experts
+    model = config.model
+    outside = (model.vocab_size + 2) * model.hidden_size
+    return flops.parameters(config)[0] - outside + model.num_layers * model.hidden_size * model.num_experts
 
 
 @functools.cache
 def small_weights() -> int:
-    return layer_weights(command_line.parse(SMALL.split()).model)
+    return layer_weights(command_line.parse(SMALL.split()))
 
 
 # v3 has no reduce-scatter and no bf16 products; the slow table has every other generation.
@@ -77,4 +78,4 @@ def test_base_fits_every_generation(topology, capsys):
     found = dry_run(capsys, topology, f"--preset base --optim.batch-size {rows}")
     assert found["fits"]
     assert found["batch"]["rows_per_device"] == BASE[topology]
-    check(found, layer_weights(PRESETS["base"].model))
+    check(found, layer_weights(PRESETS["base"]))

@@ -48,14 +48,14 @@ def vishwamai_step(config: Config, dtype: str) -> Callable[[], None]:
     """A call that runs one step of train.py."""
     sizes = {"data": 1}
     mesh, transform = make_mesh(sizes), optim.optimizer(config.optim)
-    abstract = state.abstract_state(config.model, dtype, transform)
+    abstract = state.abstract_state(config, dtype, transform)
     specs = state.placement(abstract, sizes, transform)
     step = train.make_step(config, mesh, specs, transform)
     rng, shape = np.random.default_rng(0), (1, config.optim.batch_size, config.model.max_seq_len)
     tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
     positions = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape)
     batch = jax.tree.map(jnp.asarray, Batch(tokens, np.roll(tokens, -1, axis=-1), np.ones_like(tokens), positions))
-    current = state.initialise(config.model, dtype, transform, 0, state.shardings(mesh, specs))
+    current = state.initialise(config, dtype, transform, state.shardings(mesh, specs))
 
     def run() -> None:
         nonlocal current

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from tests.chaos.victim import same, state
 from vishwamai_eqx import command_line, data, manifest
 from vishwamai_eqx.checkpoint import Checkpoints
-from vishwamai_eqx.config import PRESETS, Config, DataConfig, problems, to_dict
+from vishwamai_eqx.config import PRESETS, Config, DataConfig, to_dict
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
+from vishwamai_eqx.validation import problems
 
 TOKENIZER = Path(__file__).parents[1] / "vishwamai_eqx" / "huggingface" / "tokenizer.model"
 ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)

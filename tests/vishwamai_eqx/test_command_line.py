@@ -9,7 +9,8 @@ import pytest
 import train
 from tests.histories import text
 from vishwamai_eqx import command_line
-from vishwamai_eqx.config import PRESETS, Config, from_dict, problems, to_dict
+from vishwamai_eqx.config import PRESETS, Config, from_dict, to_dict
+from vishwamai_eqx.validation import problems
 
 REFUSED = [
     ("--stepz 3", "--stepz is not a setting; take --steps."),

@@ -9,16 +9,16 @@ import pytest
 
 from tests.small import small
 from vishwamai_eqx import decode
+from vishwamai_eqx.architecture import build
 from vishwamai_eqx.attention import KVCache
 from vishwamai_eqx.decode import Sampling
-from vishwamai_eqx.model import build
 
 EOS = 3
 
 
 @functools.cache
 def model():
-    return jax.jit(lambda: build(small().model, "float32", jax.random.key(0)))()
+    return jax.jit(lambda: build(small(), "float32", jax.random.key(0)))()
 
 
 AS_IT_IS = Sampling()

@@ -7,10 +7,10 @@ import pytest
 
 from tests.small import small
 from vishwamai_eqx import moe, parameters
+from vishwamai_eqx.architecture import build
 from vishwamai_eqx.attention import TPUMultiHeadAttention
 from vishwamai_eqx.layers import GatedMLP, TPUGEMMLinear, TPULayerNorm, rotary_angles, rotate
 from vishwamai_eqx.mesh import place
-from vishwamai_eqx.model import build
 
 KEY = jax.random.key(0)
 
@@ -101,7 +101,7 @@ def test_gated_mlp():
 
 
 def test_declarations():
-    model = build(small(tie_embeddings=False).model, "float32", KEY)
+    model = build(small(tie_embeddings=False), "float32", KEY)
     declared = parameters.declarations(model)
     assert declared.embedding.weight.axes == ("vocab", "d_model")
     assert declared.blocks.experts.gate.axes == ("layers", "experts", "d_model", "d_ff")
@@ -113,7 +113,7 @@ def test_declarations():
 
 
 def test_placement():
-    model = build(small(hidden_size=64, num_heads=4, ffn_dim=256).model, "float32", KEY)
+    model = build(small(hidden_size=64, num_heads=4, ffn_dim=256), "float32", KEY)
     spec = place(model, {"data": 2})
     # The whole tiles of 128 x 2 are preferred to the first dimension that 2 divides.
     assert spec.blocks.experts.gate == jax.sharding.PartitionSpec(None, None, None, "data")

@@ -7,13 +7,14 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.small import MIXED, small
-from vishwamai_eqx.config import AXES, parse_mesh, problems
+from vishwamai_eqx.architecture import build
+from vishwamai_eqx.config import AXES, parse_mesh
 from vishwamai_eqx.mesh import gather, make_mesh, place
-from vishwamai_eqx.model import build
+from vishwamai_eqx.validation import problems
 
 
 def abstract(**model):
-    return jax.eval_shape(lambda: build(small(**model).model, "float32", jax.random.key(0)))
+    return jax.eval_shape(lambda: build(small(**model), "float32", jax.random.key(0)))
 
 
 def test_every_axis_divides_what_is_declared_for_it():
@@ -99,5 +100,5 @@ def test_mesh_settings():
 
 
 def test_outside_a_mesh_only_the_cast_happens():
-    cast = jax.eval_shape(lambda: gather(build(small().model, "float32", jax.random.key(0)), None, "bfloat16"))
+    cast = jax.eval_shape(lambda: gather(build(small(), "float32", jax.random.key(0)), None, "bfloat16"))
     assert cast.blocks.experts.gate.dtype == "bfloat16" and cast.blocks.experts.router.weight.dtype == "float32"

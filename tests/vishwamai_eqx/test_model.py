@@ -14,10 +14,11 @@ import pytest
 
 from tests.small import VOCAB, random_batch, small
 from vishwamai_eqx import decode, flops, parameters
+from vishwamai_eqx.architecture import build
 from vishwamai_eqx.attention import TPUMultiHeadAttention, block_pattern
 from vishwamai_eqx.config import PRESETS, ModelConfig
 from vishwamai_eqx.layers import TPUGEMMLinear, TPULayerNorm
-from vishwamai_eqx.model import VishwamAI, build
+from vishwamai_eqx.model import VishwamAI
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 PATTERNS = {"full": {}, "window": {"window": 5}, "blocks": {"attention_block": 4}}
@@ -26,7 +27,7 @@ few = functools.partial(hypothesis.settings, max_examples=5)
 
 @functools.cache
 def model_of(pattern: str, **options) -> VishwamAI:
-    config = small(attention_pattern=pattern, **PATTERNS[pattern], **options).model
+    config = small(attention_pattern=pattern, **PATTERNS[pattern], **options)
     return build(config, "float32", jax.random.key(1))
 
 
@@ -179,7 +180,7 @@ TOTALS = {
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_totals_of_the_presets(preset):
-    config = PRESETS[preset].model
+    config = PRESETS[preset]
     abstract = jax.eval_shape(lambda: build(config, "bfloat16", jax.random.key(0)))
     total, active = flops.parameters(config)
     assert parameters.count(abstract) == total
@@ -188,7 +189,7 @@ def test_totals_of_the_presets(preset):
 
 @pytest.mark.parametrize("change", [{}, {"num_experts": 1}, {"tie_embeddings": False}])
 def test_hand_count_of_parameters(change):
-    config = small(**change).model
+    config = small(**change)
     assert parameters.count(build(config, "float32", jax.random.key(0))) == flops.parameters(config)[0]
 
 
@@ -222,7 +223,7 @@ def test_configuration_and_constructor_use_the_same_names():
 
 
 def test_initial_scale_of_the_residual_stream():
-    model = build(small(hidden_size=128, num_layers=8).model, "float32", jax.random.key(0))
+    model = build(small(hidden_size=128, num_layers=8), "float32", jax.random.key(0))
     std = {name: float(jnp.std(getattr(model.blocks.attention, name).weight)) for name in ("query", "out")}
     assert math.isclose(std["query"], 1 / math.sqrt(128), rel_tol=0.03)
     assert math.isclose(std["out"], 1 / math.sqrt(128) / math.sqrt(16), rel_tol=0.03)

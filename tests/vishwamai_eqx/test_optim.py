@@ -9,8 +9,8 @@ import pytest
 
 from tests.small import small
 from vishwamai_eqx import optim
+from vishwamai_eqx.architecture import build
 from vishwamai_eqx.config import OptimConfig
-from vishwamai_eqx.model import build
 
 CONFIG = OptimConfig(steps=100, warmup_steps=10, learning_rate=1.0, decay_share=0.2, final_learning_rate_share=0.1)
 
@@ -30,7 +30,7 @@ def test_schedules(schedule, points):
 
 def test_adamw_step_by_hand():
     config = dataclasses.replace(CONFIG, warmup_steps=0, schedule="wsd", weight_decay=0.1, eps=1e-8)
-    model = build(small(num_layers=1).model, "float32", jax.random.key(0))
+    model = build(small(num_layers=1), "float32", jax.random.key(0))
     transform = optim.optimizer(config)
     gradients = jax.tree.map(lambda leaf: jnp.sign(leaf) + 0.5, model)
     updates, _ = transform.update(gradients, transform.init(model), model)

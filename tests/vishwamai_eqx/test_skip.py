@@ -103,9 +103,9 @@ def steps(monkeypatch, broken_model=None, spoilt_row=None):
     monkeypatch.setattr(train, "token_loss", token_loss)
     config = small()
     sizes, transform = {"data": 8}, optim.optimizer(config.optim)
-    abstract = state.abstract_state(config.model, "float32", transform)
+    abstract = state.abstract_state(config, "float32", transform)
     specs = state.placement(abstract, sizes, transform)
-    current = state.initialise(config.model, "float32", transform, 0, state.shardings(MESH, specs))
+    current = state.initialise(config, "float32", transform, state.shardings(MESH, specs))
     if broken_model is not None:
         current = eqx.tree_at(broken_model[0], current, replace_fn=broken_model[1])
     step = train.make_step(config, MESH, specs, transform)

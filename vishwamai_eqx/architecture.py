@@ -1,0 +1,18 @@
+"""Which model a run trains: VishwamAI, or the Gemma that it fine-tunes."""
+
+from jaxtyping import PRNGKeyArray
+
+from vishwamai_eqx import gemma
+from vishwamai_eqx.config import Config
+from vishwamai_eqx.model import VishwamAI
+
+Model = VishwamAI | gemma.Decoder
+
+
+def build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
+    """The model of a configuration, untrained."""
+    shape = config.model
+    if config.gemma is not None:
+        return gemma.Decoder(config.gemma, compute_dtype, shape.remat, attention=shape.attention, key=key)
+    arguments = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
+    return VishwamAI(**arguments, compute_dtype=compute_dtype, key=key)
