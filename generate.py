@@ -95,6 +95,7 @@ def generate(settings: Settings, sampling: decode.Sampling, writer: Writer) -> N
         sampling=sampling,
         seed=settings.seed,
         max_length=writer.max_length,
+        pieces=writer.tokenizer.vocab_size,
     )
     began = time.perf_counter()
     # One sample is shown as it comes; several would be shuffled together, so each is shown when all are done.

@@ -137,9 +137,10 @@ def make_step(
         (gradients, probes), metrics = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(microbatches)))
         nll, balance, z, load = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
 
-        norm = optim.global_norm(gradients, specs.model)
+        squares = optim.squares(gradients)
+        norm = optim.global_norm(squares, specs.model)
         take, watch = skip.judge(current.watch, nll, norm, config.guard)
-        broken = nonfinite.broken(probes, gradients)
+        broken = nonfinite.broken(probes, squares)
         gradients = optim.clip(gradients, norm, config.optim.clip_norm)
         updates, opt_state = transform.update(gradients, current.opt_state, current.model)
         new = optax.apply_updates(current.model, updates), opt_state

@@ -77,6 +77,8 @@ class Rows(eqx.Module):
     temperature: Float[Array, "batch"]
     top_k: Int[Array, "batch"]
     top_p: Float[Array, "batch"]
+    pieces: Int[Array, ""]
+    """Rows of the head from here on are padding."""
 
 
 def stream(
@@ -88,11 +90,13 @@ def stream(
     sampling: Sampling = Sampling(),
     seed: int = 0,
     max_length: int | None = None,
+    pieces: int | None = None,
 ) -> Iterator[list[list[int]]]:
     """Each row's new tokens, a few at a time as they are made; `eos_id` ends a row and is not among them.
 
-    Row i draws with the seed's i-th key. Raises ValueError, at once, if a prompt is empty, or is with its new tokens
-    longer than `max_length`, the context that the model was trained for.
+    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has: of a padded vocabulary no other is
+    drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`, the
+    context that the model was trained for.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
@@ -105,7 +109,7 @@ def stream(
             f"{max_length}; take "
             + (f"at most {max_length - longest} or a shorter prompt." if longest < max_length else "a shorter prompt.")
         )
-    return _stream(model, prompts, longest, max_new_tokens, eos_id, sampling, seed)
+    return _stream(model, prompts, longest, max_new_tokens, eos_id, sampling, seed, pieces)
 
 
 def _stream(
@@ -116,6 +120,7 @@ def _stream(
     eos_id: int,
     sampling: Sampling,
     seed: int,
+    pieces: int | None,
 ) -> Iterator[list[list[int]]]:
     tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
     for row, prompt in zip(tokens, prompts, strict=True):
@@ -124,7 +129,8 @@ def _stream(
     # The loop may run over by a stride, and the padding of the prompt is written too.
     length = bucket(max(tokens.shape[1], longest + max_new_tokens + STRIDE))
     settings = np.uint32(seed % 2**32), np.float32(sampling.temperature), np.int32(sampling.top_k)
-    rows = prefill(model, tokens, lengths, *settings, np.float32(sampling.top_p), length=length)
+    ends = np.float32(sampling.top_p), np.int32(np.iinfo(np.int32).max if pieces is None else pieces)
+    rows = prefill(model, tokens, lengths, *settings, *ends, length=length)
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         new, rows = decode(model, rows, jnp.asarray(eos_id, jnp.int32))
@@ -160,6 +166,7 @@ def prefill(
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],
+    pieces: Int[Array, ""],
     *,
     length: int,
 ) -> Rows:
@@ -176,6 +183,7 @@ def prefill(
         jnp.full(batch, temperature),
         jnp.full(batch, top_k),
         jnp.full(batch, top_p),
+        pieces,
     )
 
 
@@ -207,8 +215,9 @@ def draw(rows: Rows) -> Int[Array, "batch"]:
         kept &= (order >= threshold(order, probabilities, rows.top_p)) | (rows.top_p[:, None] == 1)
         return jnp.where(kept, logits, -jnp.inf)
 
-    greedy = jnp.argmax(rows.logits, axis=-1)
-    scaled = rows.logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
+    logits = jnp.where(jnp.arange(rows.logits.shape[-1]) < rows.pieces, rows.logits, -jnp.inf)
+    greedy = jnp.argmax(logits, axis=-1)
+    scaled = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
     scaled = jax.lax.cond(jnp.any((rows.top_k > 0) | (rows.top_p < 1)), cut, lambda logits: logits, scaled)
     keys = jax.vmap(jax.random.fold_in)(rows.key, rows.cache.lengths)
     drawn = jax.vmap(jax.random.categorical)(keys, scaled)

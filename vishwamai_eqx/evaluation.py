@@ -51,6 +51,7 @@ def write(model: Model, tokenizer: VishwamAITokenizer, *, tokens: int, seed: int
         [[tokenizer.bos_id]] * samples,
         max_new_tokens=tokens,
         eos_id=tokenizer.eos_id,
+        pieces=tokenizer.vocab_size,
         sampling=decode.Sampling(temperature=0.8, top_p=0.95),
         seed=seed,
     )

@@ -128,7 +128,9 @@ def chunked_fwd(
     zero = zeros_varying_like((), wide(hidden.dtype), mask)
     dweight = zeros_varying_like(weight.shape[::-1], zero.dtype, weight)
     (total, dweight), (dhidden, of_target) = jax.lax.scan(add, (zero, dweight), (hidden, targets, mask))
-    dweight = dweight.T.at[targets].add(-hidden * of_target[..., None], mode="drop", wrap_negative_indices=False)
+    # Kept apart: with one chunk XLA would fold the transpose into the product, and its CPU library has no such in bf16.
+    dweight = jax.lax.optimization_barrier(dweight).T
+    dweight = dweight.at[targets].add(-hidden * of_target[..., None], mode="drop", wrap_negative_indices=False)
     return total, (dhidden, dweight.astype(weight.dtype))
 
 

@@ -1,7 +1,6 @@
 """Where in a step numbers stopped being finite: which layer's output, or which layer's gradient, was the first."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -48,20 +47,16 @@ _tap.defvjp(
 )
 
 
-def broken(outputs: Float[Array, "blocks"], gradients: Any) -> Broken:
-    """Where numbers are not finite: the gradients of the probes, and those of the model."""
+def broken(outputs: Float[Array, "blocks"], squares: Any) -> Broken:
+    """Where numbers are not finite, given the gradients of the probes and `optim.squares` of the model's."""
 
-    def parts(tree: Any, axes: Callable[[int], tuple[int, ...]]) -> Array:
-        flags = [~jnp.isfinite(leaf).all(axis=axes(leaf.ndim)) for leaf in jax.tree.leaves(tree)]
-        return jnp.stack(flags).any(axis=0)
-
-    def whole(ndim: int) -> tuple[int, ...]:
-        return tuple(range(ndim))
+    def parts(tree: Any) -> Array:
+        return jnp.stack([~jnp.isfinite(leaf) for leaf in jax.tree.leaves(tree)]).any(axis=0)
 
     flags = [
-        parts(gradients.embedding, whole)[None],
-        gradients.by_layer([parts(stack, lambda ndim: tuple(range(1, ndim))) for stack in gradients.stacks]),
-        parts((gradients.norm, gradients.untied_head), whole)[None],
+        parts(squares.embedding)[None],
+        squares.by_layer([parts(stack) for stack in squares.stacks]),
+        parts((squares.norm, squares.untied_head))[None],
     ]
     return Broken(outputs.astype(jnp.int32), devices(jnp.concatenate(flags)))
 

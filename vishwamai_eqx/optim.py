@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from vishwamai_eqx.config import OptimConfig
 from vishwamai_eqx.mesh import divided
-from vishwamai_eqx.parameters import declarations
+from vishwamai_eqx.parameters import Declaration, declarations
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
@@ -51,13 +51,22 @@ def place_state(transform: optax.GradientTransformation, model: Any, placement: 
     )
 
 
-def global_norm(gradients: Any, placement: Any) -> Float[Array, ""]:
-    """The norm of the whole gradient, given its shards: what is on every device is counted once."""
-    squares: dict[tuple[str, ...], Array] = {}
-    for gradient, spec in zip(jax.tree.leaves(gradients), jax.tree.leaves(placement), strict=True):
+def squares(gradients: Any) -> Any:
+    """The sum of squares of each array's shard, and of each layer's in a stack: not finite where a gradient is not."""
+
+    def summed(gradient: Array, declared: Declaration) -> Array:
+        return jnp.square(gradient).sum(axis=tuple(range("layers" in declared.axes, gradient.ndim)))
+
+    return jax.tree.map(summed, gradients, declarations(gradients))
+
+
+def global_norm(squares: Any, placement: Any) -> Float[Array, ""]:
+    """The norm of the whole gradient, given `squares` of its shards: what is on every device is counted once."""
+    sums: dict[tuple[str, ...], Array] = {}
+    for square, spec in zip(jax.tree.leaves(squares), jax.tree.leaves(placement), strict=True):
         axes = divided(spec)
-        squares[axes] = squares.get(axes, jnp.zeros(())) + jnp.sum(jnp.square(gradient))
-    return jnp.sqrt(sum(jax.lax.psum(square, axes) if axes else square for axes, square in squares.items()))
+        sums[axes] = sums.get(axes, jnp.zeros(())) + square.sum()
+    return jnp.sqrt(sum(jax.lax.psum(square, axes) if axes else square for axes, square in sums.items()))
 
 
 def clip(gradients: Any, norm: Float[Array, ""], limit: float) -> Any:

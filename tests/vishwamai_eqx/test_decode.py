@@ -48,6 +48,15 @@ def test_the_least_of_each_cut_is_greedy():
     assert write([[5, 6, 7]], Sampling(temperature=1e-5)) == greedy
 
 
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(5.0), Sampling(5.0, top_k=60, top_p=0.99)], ids=str)
+def test_padding_of_the_vocabulary_is_never_drawn(sampling):
+    prompts = [[5, 6, token] for token in range(8)]
+    options = {"max_new_tokens": 16, "eos_id": -1, "sampling": sampling}
+    free = decode.generate(model(), prompts, **options)
+    bounded = decode.generate(model(), prompts, pieces=20, **options)
+    assert max(map(max, free)) >= 20 > max(map(max, bounded))
+
+
 def test_what_the_cuts_leave_is_drawn_as_often_as_it_is_likely():
     batch, shares = 4000, np.array([0.5, 0.3, 0.15, 0.05])
     nothing = jnp.zeros((1, batch, 1, 1, 1))
@@ -57,7 +66,7 @@ def test_what_the_cuts_leave_is_drawn_as_often_as_it_is_likely():
     draw = jax.jit(decode.draw)
     for top_k, top_p, left in ((0, 1.0, 4), (2, 1.0, 2), (0, 0.9, 3), (3, 0.6, 2)):
         settings = jnp.ones(batch), jnp.full(batch, top_k), jnp.full(batch, top_p)
-        drawn = draw(decode.Rows(cache, logits, keys, jnp.zeros(batch, bool), *settings))
+        drawn = draw(decode.Rows(cache, logits, keys, jnp.zeros(batch, bool), *settings, jnp.int32(4)))
         expected = shares * (np.arange(4) < left)
         np.testing.assert_allclose(np.bincount(drawn, minlength=4) / batch, expected / expected.sum(), atol=0.03)
 
