@@ -94,8 +94,8 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Each row's new tokens, a few at a time as they are made; `eos_id` ends a row and is not among them.
 
-    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has: of a padded vocabulary no other is
-    drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`, the
+    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has: of a padded vocabulary nothing else
+    is drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`, the
     context that the model was trained for.
     """
     if max_new_tokens < 1:
@@ -134,13 +134,13 @@ def _stream(
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
         new, rows = decode(model, rows, jnp.asarray(eos_id, jnp.int32))
-        pieces = []
+        drawn: list[list[int]] = []
         for i, row in enumerate(np.asarray(new)[:, : max_new_tokens - made].tolist()):
             end = row.index(eos_id) if eos_id in row else len(row)
-            pieces.append([] if done[i] else row[:end])
+            drawn.append([] if done[i] else row[:end])
             done[i] |= end < len(row)
         made += STRIDE
-        yield pieces
+        yield drawn
 
 
 def generate(model: CachedModel, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
