@@ -94,9 +94,9 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Each row's new tokens, a few at a time as they are made; `eos_id` ends a row and is not among them.
 
-    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has: of a padded vocabulary nothing else
-    is drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`, the
-    context that the model was trained for.
+    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has: of a padded vocabulary the rest is
+    never drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`,
+    the context that the model was trained for.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
