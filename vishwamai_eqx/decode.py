@@ -94,7 +94,7 @@ def stream(
 ) -> Iterator[list[list[int]]]:
     """Each row's new tokens, a few at a time as they are made; `eos_id` ends a row and is not among them.
 
-    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has: of a padded vocabulary the rest is
+    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has; those that pad the vocabulary are
     never drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`,
     the context that the model was trained for.
     """
