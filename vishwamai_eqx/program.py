@@ -203,9 +203,22 @@ def _product(it: _Instruction, arrays: dict[str, list[Shape]]) -> float:
     if it.opcode == "dot":
         contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", it.rest)
         return 2.0 * out * math.prod(lhs.sizes[int(n)] for n in (contracted[1] if contracted else "").split(",") if n)
-    # The kernel's input features, and what its window spans.
-    labels = re.search(r"dim_labels=\w+_(\w+)->", it.rest)
-    window = re.search(r"window=\{size=([\dx]+)", it.rest)
+    # The kernel's input features, at each place where its window lies on what there is and not on padding.
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", it.rest)
     assert labels is not None
-    spanned = math.prod(int(n) for n in window[1].split("x")) if window else 1
-    return 2.0 * out * rhs.sizes[labels[1].index("i")] * spanned
+    made, each = it.shapes[0].sizes, 2.0 * rhs.sizes[labels[2].index("i")]
+    window = re.search(r"window=\{([^}]*)\}", it.rest)
+    settings = {name: values.split("x") for name, values in re.findall(r"(\w+)=(\S+)", window[1] if window else "")}
+    for dimension in range(len(settings.get("size", []))):
+        held, steps = lhs.sizes[labels[1].index(str(dimension))], made[labels[3].index(str(dimension))]
+        out //= steps
+        each *= _met(held, steps, {name: values[dimension] for name, values in settings.items()})
+    return each * out
+
+
+def _met(held: int, steps: int, window: dict[str, str]) -> int:
+    """How often a window meets one of the places that are held, on its way in so many steps."""
+    stride, apart, spread = (int(window.get(name, 1)) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+    before = int(window.get("pad", "0_0").split("_")[0])
+    places = (step * stride + tap * apart - before for step in range(steps) for tap in range(int(window["size"])))
+    return sum(place % spread == 0 and 0 <= place // spread < held for place in places)

@@ -101,3 +101,33 @@ def test_an_exchange_in_pieces_counts_once_and_others_by_their_whole_array():
 def test_a_loop_that_does_not_say_how_often_is_refused():
     with pytest.raises(ValueError, match="does not say how often"):
         program.read(TEXT.replace("direction=LT", "direction=NE"), 8, kernel)
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "out", "window", "labels", "multiplied"),
+    [
+        # Two rows as a window's places: of its four meetings two are with padding.
+        ("32,16,1", "2,64,32", "2,64,16", "size=2 pad=1_1 rhs_reversal=1", "fb0_0oi->0fb", 2 * 64 * 16 * 32),
+        (
+            "2,16,32,1",
+            "4,8,32,1",
+            "2,4,16,8",
+            "size=1x4 pad=0_0x3_3 rhs_reversal=0x1",
+            "0bf1_1oi0->01bf",
+            2 * 4 * 16 * 8 * 32,
+        ),
+        ("4,16,32", "4,16,64", "32,64,1", "size=4", "0fb_0io->bf0", 4 * 16 * 32 * 64),
+        ("8,7", "3,7", "8,3", "", "bf_oi->bf", 8 * 3 * 7),
+        # A step of two over five places, with a hole between two taps.
+        ("1,5,1", "2,1,1", "1,2,1", "size=2 stride=2 rhs_dilate=2", "b0f_0io->b0f", 4),
+    ],
+)
+def test_a_window_on_padding_multiplies_nothing(lhs, rhs, out, window, labels, multiplied):
+    text = f"""
+ENTRY %main (l: f32[{lhs}], r: f32[{rhs}]) -> f32[{out}] {{
+  %l = f32[{lhs}]{{0}} parameter(0)
+  %r = f32[{rhs}]{{0}} parameter(1)
+  ROOT %c = f32[{out}]{{0}} convolution(%l, %r), {f"window={{{window}}}, " if window else ""}dim_labels={labels}
+}}
+"""
+    assert program.read(text, 1, kernel).flops == 2 * multiplied
