@@ -46,8 +46,10 @@ def run(
     return metrics, jax.device_get(current)
 
 
-# Every loss term is large enough here for a mistake in it to show, and the clip bites.
+# Every loss term is large enough here for a mistake in it to show, and the clip bites. No share of the warm-up is a
+# binary fraction, so that a learning rate of fewer digits would show too.
 WEIGHTS = {"balance_loss_weight": 0.3, "router_z_loss_weight": 0.1, "clip_norm": 0.5}
+WEIGHTS |= {"warmup_steps": 3, "learning_rate": 3e-2}
 OTHERWISE = {"tie_embeddings": False, "remat": "full", "dropout_rate": 0.2}
 one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **model), {}, steps, dtype))
 

@@ -87,6 +87,11 @@ def restore(orbax: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any
         restored = orbax.restore(
             folder / "state", args=ocp.args.PyTreeRestore(abstract, restore_args=arguments, partial_restore=True)
         )
+        arrays = {name: restored[name] for name in wanted}
+        # Of what is not there Orbax gives back the wish.
+        if absent := [name for name, array in arrays.items() if not isinstance(array, jax.Array)]:
+            raise KeyError(absent[0])
+        return arrays
     except (OSError, MemoryError, jax.errors.JaxRuntimeError):
         raise  # the machine's, not the files'
     except Exception as error:
@@ -95,4 +100,3 @@ def restore(orbax: ocp.AsyncCheckpointer, folder: Path, wanted: Mapping[str, Any
             f"{folder}/state holds no state although its files are as they were written ({type(error).__name__}: "
             f"{error}); move {folder} away to go on from the checkpoint before it"
         ) from error
-    return {name: restored[name] for name in wanted}

@@ -13,12 +13,15 @@ from vishwamai_eqx.config import AttentionPattern, Remat
 from vishwamai_eqx.layers import Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
-from vishwamai_eqx.nonfinite import tap
+from vishwamai_eqx.nonfinite import TAP, tap
 
 # What the forward pass leaves for backward; "none" leaves all there is.
+_TAPS = jax.checkpoint_policies.save_only_these_names(TAP)
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _TAPS,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        _TAPS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
 }
 
 

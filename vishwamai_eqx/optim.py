@@ -15,6 +15,12 @@ from vishwamai_eqx.parameters import Declaration, declarations
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
     """Linear warm-up from 0, then a cosine, or a plateau and a linear end (2404.06395), to the final share."""
+    schedule = _schedule(config)
+    # Of a whole number optax would make f32 even where all else is f64, whose last bit is another in another program.
+    return lambda count: schedule(jnp.asarray(count, float))
+
+
+def _schedule(config: OptimConfig) -> optax.Schedule:
     peak, final = config.learning_rate, config.learning_rate * config.final_learning_rate_share
     warmup = min(config.warmup_steps, config.steps)
     rise = optax.linear_schedule(0.0, peak, warmup)

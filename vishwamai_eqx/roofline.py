@@ -58,14 +58,15 @@ def executed(config: Config) -> float:
     _, active = flops.parameters(config)
     outside = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     scores = flops.attended(config)
-    # The backward kernel makes the scores again; full remat a forward pass of the layers. Dots keep the products but
-    # those of kernels.
+    # The backward kernel makes the scores again; full remat a forward pass of the layers but for their last product,
+    # whose result no gradient needs. Dots keep the products but those of kernels.
     again = scores
+    chosen = min(model.experts_per_token, model.num_experts)
+    experts_product = 2 * model.num_layers * chosen * model.hidden_size * model.ffn_dim
     if model.remat == "full":
-        again += 2 * (active - outside) + 2 * scores
+        again += 2 * (active - outside) - experts_product + 2 * scores
     elif model.remat == "dots":
-        chosen = min(model.experts_per_token, model.num_experts)
-        again += 2 * model.num_layers * 3 * chosen * model.hidden_size * model.ffn_dim + 2 * scores
+        again += 2 * experts_product + 2 * scores
     return flops.per_token(config) + again
 
 
