@@ -3,6 +3,7 @@
 Everything goes through the interfaces that a run uses, with `pickle` made to raise: nothing here may ever be unpickled.
 """
 
+import itertools
 import json
 import os
 import pickle
@@ -208,13 +209,19 @@ def test_any_checkpoint_folder(victims, tmp_path_factory):
 
 # Orbax closes its event loop when the first read fails, while others are still being answered.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
-@pytest.mark.parametrize("content", [b"{}", b'{"tree_metadata": "x"}', b"nonsense" * 40])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *itertools.product(["_METADATA", "manifest.ocdbt"], [b"{}", b'{"tree_metadata": "x"}', b"nonsense" * 40]),
+        ("_METADATA", lambda content: content.replace(b"step", b"stop")),
+    ],
+)
 def test_nonsense_with_the_right_checksum(victims, name, content):
     """Whoever can write a file can write its checksum: refused, and not put aside, as it was never a state."""
     victim = victims()
     folder = victim.directory / "2"
-    (folder / "state" / name).write_bytes(content)
+    path = folder / "state" / name
+    path.write_bytes(content(path.read_bytes()) if callable(content) else content)
     about = manifest.read(folder)
     del about["files"]
     manifest.write(folder, manifest.checksums(folder, manifest.files(folder)), **about)
