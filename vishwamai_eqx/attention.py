@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 import kernels
 from vishwamai_eqx.config import AttentionPattern
+from vishwamai_eqx.factors import divisors
 from vishwamai_eqx.layers import RMSNorm, TPUGEMMLinear, rotate
 from vishwamai_eqx.mesh import index, size, vary
-from vishwamai_eqx.numbers import divisors
 
 Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 """Cosines and sines of the rotary positions, the same for all layers."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from vishwamai_eqx.numbers import divisors
+from vishwamai_eqx.factors import divisors
 
 Family = Literal["gemma", "gemma2", "gemma3_text"]
 LayerKind = Literal["sliding_attention", "full_attention"]

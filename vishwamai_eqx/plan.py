@@ -13,7 +13,7 @@ from kernels import topology
 from kernels.tpu import Generation
 from vishwamai_eqx import flops, memory, roofline
 from vishwamai_eqx.config import Config, Remat, parse_mesh
-from vishwamai_eqx.numbers import divisors
+from vishwamai_eqx.factors import divisors
 from vishwamai_eqx.validation import problems
 
 # The estimate is within 15% of the compiler's figure; what a search chooses should fit all the same.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 from vishwamai_eqx.config import BATCH_AXES, PRESETS, SMALLEST_VOCABULARY, Config, ModelConfig, nearest, parse_mesh
-from vishwamai_eqx.numbers import closest, divisors
+from vishwamai_eqx.factors import closest, divisors
 
 
 def problems(config: Config, devices: int, platform: str | None = None) -> list[str]:
