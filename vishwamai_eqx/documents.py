@@ -11,6 +11,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 
@@ -188,7 +189,7 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                 if len(line) > LINE_BYTES:
                     return _too_long(path, number)
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line, object_pairs_hook=_each_once)
                     json.dumps(record, ensure_ascii=False).encode()
                 except RecursionError:
                     return f"{path}, line {number}: nested too deep; mend or remove the line"
@@ -208,6 +209,16 @@ def _bad_line(path: Path, text_column: str) -> str | None:
         except duckdb.Error as error:
             return _bad_line_of_duckdb(path, str(error))
     return None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of those keys; ValueError for a key that comes again, which JSON leaves open and DuckDB refuses."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} comes twice")
+        found[key] = value
+    return found
 
 
 def _damaged(path: Path) -> str:

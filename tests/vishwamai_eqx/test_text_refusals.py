@@ -113,6 +113,11 @@ def a_json_line_that_does_not_parse(folder):
 
 
 @refusal
+def a_json_line_with_a_key_twice(folder):
+    written(folder, "lines.jsonl", '{"text": "a"}\n{"text": "b", "text": "c"}\n')
+
+
+@refusal
 def a_json_line_that_does_not_parse_compressed(folder):
     written(folder, "lines.jsonl.gz", gzip.compress(b'{"text": "a"}\n{"text": b}\n'))
 
