@@ -158,6 +158,13 @@ def a_json_file_without_lines(folder):
 
 
 @refusal
+def a_compressed_file_whose_checksum_is_wrong(folder):
+    packed = bytearray(gzip.compress(b'{"text": "some text or other"}\n' * 100))
+    packed[-6] ^= 1
+    written(folder, "lines.jsonl.gz", bytes(packed))
+
+
+@refusal
 def a_damaged_gzip_file(folder):
     written(folder, "lines.jsonl.gz", gzip.compress(b'{"text": "some text or other"}\n' * 100)[:-20])
 
