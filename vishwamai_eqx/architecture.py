@@ -1,5 +1,6 @@
 """Which model a run trains: VishwamAI, or the Gemma that it fine-tunes."""
 
+import jax
 from jaxtyping import PRNGKeyArray
 
 from vishwamai_eqx import gemma
@@ -16,3 +17,8 @@ def build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
         return gemma.Decoder(config.gemma, compute_dtype, shape.remat, attention=shape.attention, key=key)
     arguments = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
     return VishwamAI(**arguments, compute_dtype=compute_dtype, key=key)
+
+
+def abstract(config: Config, compute_dtype: str) -> Model:
+    """The model's shapes and types, nothing allocated."""
+    return jax.eval_shape(lambda: build(config, compute_dtype, jax.random.key(0)))

@@ -19,6 +19,7 @@ from vishwamai_eqx.config import Remat
 from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
 from vishwamai_eqx.gemma_names import names
 from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, rotary_angles, wide
+from vishwamai_eqx.loss import capped
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.model import REMAT, without_layers
 from vishwamai_eqx.nonfinite import tap
@@ -235,8 +236,7 @@ class Decoder(eqx.Module):
 
     def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
         """Logits in f32, soft-capped where the configuration says so."""
-        logits, cap = self.head_weight.logits(hidden), self.softcap
-        return logits if cap is None else cap * jnp.tanh(logits / cap)
+        return capped(self.head_weight.logits(hidden), self.softcap)[0]
 
     def new_cache(self, batch: int, length: int) -> GemmaCache:
         """An empty cache for `batch` rows of at most `length` tokens; sliding layers keep their window only."""
@@ -295,12 +295,12 @@ def load(
 
 def read(folder: Path, abstract: Decoder, dtype: np.dtype, shardings: Any = None) -> Decoder:
     """The decoder of those shapes with the weights of a folder; ValueError where they are not its."""
-    return huggingface_model.read(folder, abstract, names(abstract, abstract.config), dtype, shardings)
+    return huggingface_model.read(folder, abstract, names(abstract), dtype, shardings)
 
 
 def check(folder: Path, abstract: Decoder) -> None:
     """Refuse, as `read` does, a folder whose weights are not of a decoder of those shapes; none of them is read."""
-    huggingface_model.check(folder, abstract, names(abstract, abstract.config))
+    huggingface_model.check(folder, abstract, names(abstract))
 
 
 def tokenizer(path: str | Path) -> VishwamAITokenizer:
@@ -322,6 +322,4 @@ def save(gemma: Gemma, path: str | Path) -> None:
     """Write a folder that `transformers` loads, weights in the type that they have here."""
     decoder = gemma.decoder
     dtype = decoder.embedding.weight.dtype.name
-    huggingface_model.write(
-        Path(path), decoder, names(decoder, decoder.config), gemma_config.describe(decoder.config, dtype)
-    )
+    huggingface_model.write(Path(path), decoder, names(decoder), gemma_config.describe(decoder.config, dtype))

@@ -30,8 +30,9 @@ _POST_NORMS = {
 }
 
 
-def names(decoder: Any, config: GemmaConfig) -> Any:
+def names(decoder: Any) -> Any:
     """A tree like `decoder`, a `gemma.Decoder`, of the `huggingface_model.Source` of each array."""
+    config: GemmaConfig = decoder.config
     fields = _FIELDS | (_POST_NORMS if config.has_post_norms else _NORMS)
     outside = {
         "embedding": "model.embed_tokens.weight",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vishwamai_eqx import checkpoint, huggingface_model
-from vishwamai_eqx.architecture import Model, build
+from vishwamai_eqx.architecture import Model, abstract
 from vishwamai_eqx.command_line import read_config
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import gather
@@ -36,8 +36,8 @@ def load(run_dir: str | Path, *, step: int | None = None, cast: bool = True) -> 
     if huggingface_model.files_in(run_dir):
         if step is not None:
             raise ValueError(f"step={step}: {run_dir} is an exported model, which has one state; leave it out.")
-        abstract = _abstract(config)
-        model = huggingface_model.read(run_dir, abstract, huggingface_model.by_path(abstract), np.dtype(np.float32))
+        wanted = abstract(config, compute_dtype(config.precision))
+        model = huggingface_model.read(run_dir, wanted, huggingface_model.by_path(wanted), np.dtype(np.float32))
     else:
         model, _ = trained(run_dir, config, tokenizer, step)
     return Loaded(gather(model, None, compute_dtype(config.precision)) if cast else model, tokenizer, config)
@@ -73,11 +73,7 @@ def trained(run_dir: Path, config: Config, tokenizer: VishwamAITokenizer, step: 
 
     Raises ValueError if there is none, or if it learned from another tokenizer.
     """
-    wanted = {"model": _abstract(config), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    wanted = {"model": abstract(config, compute_dtype(config.precision)), "step": jax.ShapeDtypeStruct((), jnp.int32)}
     fingerprints = {"tokenizer": tokenizer.fingerprint}
     saved = checkpoint.read(run_dir / "checkpoints", wanted, step=step, fingerprints=fingerprints)
     return saved["model"], int(saved["step"])
-
-
-def _abstract(config: Config) -> Model:
-    return jax.eval_shape(lambda: build(config, compute_dtype(config.precision), jax.random.key(0)))

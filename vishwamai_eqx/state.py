@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from vishwamai_eqx import gemma, optim, skip
-from vishwamai_eqx.architecture import Model, build
+from vishwamai_eqx.architecture import Model, abstract, build
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import place
 
@@ -65,8 +65,7 @@ def initialise(
             lambda: _begin(build(config, compute_dtype, jax.random.key(seed)), transform), out_shardings=shardings
         )
         return new()
-    abstract = jax.eval_shape(lambda: build(config, compute_dtype, jax.random.key(0)))
-    model = gemma.read(config.init, abstract, np.dtype(np.float32), shardings.model)
+    model = gemma.read(config.init, abstract(config, compute_dtype), np.dtype(np.float32), shardings.model)
     return jax.jit(lambda model: _begin(model, transform), donate_argnums=0, out_shardings=shardings)(model)
 
 

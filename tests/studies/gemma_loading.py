@@ -28,7 +28,7 @@ CONFIG = GemmaConfig("gemma", 32_000, 2048, 16_384, 8, 8, 8, 256)
 def make(folder: Path, files: int = 3) -> int:
     """The folder; its bytes of weights."""
     abstract = jax.eval_shape(lambda: gemma.Decoder(CONFIG, key=jax.random.key(0)))
-    sources = gemma.names(abstract, abstract.config)
+    sources = gemma.names(abstract)
     leaves, structure = jax.tree.flatten(abstract)
     shapes = {}
     for leaf, origin in zip(leaves, structure.flatten_up_to(sources), strict=True):
