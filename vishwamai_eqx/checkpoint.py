@@ -348,7 +348,12 @@ def _same_origin(folder: Path, about: Mapping[str, Any], fingerprints: Mapping[s
 
 def _lock(directory: Path) -> int:
     """Hold the directory for this process; the kernel lets go of it however the process ends."""
-    file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        file = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except IsADirectoryError:
+        raise ValueError(
+            f"{directory / '.lock'} is a folder, where a run has the file that it locks: remove it"
+        ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

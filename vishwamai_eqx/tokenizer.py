@@ -223,9 +223,10 @@ class VishwamAITokenizer:
         return first + [id for ids in rest for id in self._space_bytes + ids]
 
     def _checked(self, ids) -> list[int]:
-        ids = np.asarray(ids, np.int64).ravel().tolist()
+        # In no type yet: an id may be larger than any.
+        ids = np.asarray(ids).ravel().tolist()
         for id in ids:
-            if not 0 <= id < self.vocab_size:
+            if not isinstance(id, int) or not 0 <= id < self.vocab_size:
                 raise ValueError(f"id {id} is not a piece of {self.model_path}: they are 0 to {self.vocab_size - 1}")
         return ids
 

@@ -1,4 +1,4 @@
-"""What the kernels cost on this CPU, as ratios of interleaved rounds: `python tests/benchmarks/kernels_cpu.py`.
+"""What the kernels cost on this CPU, as ratios of interleaved rounds: `python -m tests.benchmarks.kernels_cpu`.
 
 Forward and backward of: the mixture layer over a dense gated layer of equal active FLOPs (goal: at most 1.5), flash
 attention over the naive form differentiated by JAX, and gemm over a plain product differentiated by JAX. A ratio is
@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if sys.platform == "linux":
@@ -20,7 +19,6 @@ if sys.platform == "linux":
     libc = ctypes.CDLL(None)
     for parameter, value in ((-4, 0), (-1, -1), (-8, 1)):
         libc.mallopt(parameter, value)
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jax
 import jax.numpy as jnp

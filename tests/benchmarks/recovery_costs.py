@@ -1,6 +1,6 @@
 """What it costs to be able to come back: a row of metrics, the loop's share of a save, checksums, readers.
 
-    python tests/benchmarks/recovery_costs.py [--parameters 8e6] [--readers 10]
+    python -m tests.benchmarks.recovery_costs [--parameters 8e6] [--readers 10]
 
 Prints one JSON object. The state is that many f32 parameters with AdamW's two moments; the step is a matrix product on
 all cores, timed in turns with and without the readers, because a machine's speed drifts. Where it drifts by more than

@@ -1,13 +1,12 @@
 """How fast text becomes rows, and in how much memory, on made-up prose: one JSON object.
 
-    python tests/benchmarks/text.py 100
+    python -m tests.benchmarks.text 100
 
 `cold` indexes, tokenizes and packs; `warm` does so again from the cache, in a new process. `anonymous_mb` is memory
 that is not a mapped file, at its peak, beyond what the imports took.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -82,15 +81,8 @@ def main(megabytes: int) -> dict[str, dict[str, float]]:
         with corpus.open() as lines:
             texts = (json.loads(line)["text"] for line, _ in zip(lines, range(5000), strict=False))
             VishwamAITokenizer.train(texts, 4096, Path(folder, "tokenizer"))
-        command = [sys.executable, __file__, "--measure", folder]
-        # As a script would find it when the package is not installed.
-        paths = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
-        runs = [
-            subprocess.run(
-                command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths}
-            )
-            for _ in range(2)
-        ]
+        command = [sys.executable, "-m", "tests.benchmarks.text", "--measure", folder]
+        runs = [subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     return {name: json.loads(run.stdout) for name, run in zip(("cold", "warm"), runs, strict=True)}
 
 
@@ -98,5 +90,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--measure":
         print(json.dumps(measure(Path(sys.argv[2]))))
     else:
-        sys.path.insert(0, str(Path(__file__).parents[2]))
         print(json.dumps(main(int(sys.argv[1])), indent=1))

@@ -1,6 +1,6 @@
 """A training step of the dense equivalent of `tiny` beside PyTorch's, and the mixture beside the dense layer.
 
-    python tests/benchmarks/train_step.py            in an environment that has torch too, for the comparison with it
+    python -m tests.benchmarks.train_step            in an environment that has torch too, for the comparison with it
 
 Everything is timed in interleaved rounds and compared by the median ratio of a round, because the machine's speed
 drifts. PyTorch's model (`torch_step.py`) is of the same shape, eager in f32 and compiled with bf16 autocast, compile

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-STUDY = Path(__file__).parents[1] / "studies" / "kills.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
 def test_twelve_kills(tmp_path):
     """A short form of the study, which also plants two wrong numbers and fails if it does not see them."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
-    command = [sys.executable, STUDY, "--kills", "12", "--seed", "2", "--directory", tmp_path / "runs"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    study = [sys.executable, "-m", "tests.studies.kills", "--kills", "12", "--seed", "2"]
+    command = [*study, "--directory", tmp_path / "runs"]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(run.stdout)
     assert found["kills"] >= 12 and found["wrong"] == []

@@ -1,12 +1,9 @@
-"""Gemma-7B through the TPU compiler, no weight of it needed: `python tests/studies/gemma_dry_runs.py [CASE ...]`.
+"""Gemma-7B through the TPU compiler, no weight of it needed: `python -m tests.studies.gemma_dry_runs [CASE ...]`.
 
-A forward pass over held-out rows with bf16 weights, and a step of `train.py --init` with its f32 state. Every result is
-added to gemma_dry_runs.json when it is there, with commit and date.
+A forward pass over held-out rows with bf16 weights, and a step of `train.py --init` with its f32 state.
 """
 
-import datetime
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -17,19 +14,21 @@ from jax.sharding import NamedSharding
 
 import train
 from kernels import topology
+from tests.studies.cases import study
 from vishwamai_eqx import aot, command_line, dry_run, flops, gemma_config
 from vishwamai_eqx.config import parse_mesh
 from vishwamai_eqx.data import Batch
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.mesh import make_mesh
 
-RESULTS = Path(__file__).with_suffix(".json")
 GEMMA_7B = GemmaConfig("gemma", 256_000, 3072, 24_576, 28, 16, 16, 256)
 # Topology, mesh, and rows of 2,048 tokens of the whole batch.
-CASES = {
+FORWARD = {
     "forward on v3:2x2": ("v3:2x2", "data=8", 8),
     "forward on v5e:4x4": ("v5e:4x4", "data=16", 16),
     "forward on v6e:2x4": ("v6e:2x4", "data=8", 8),
+}
+STEP = {
     "step on v3:2x2": ("v3:2x2", "data=4,model=2", 4),
     "step on v5e:4x4": ("v5e:4x4", "data=8,model=2", 8),
     "step on v6e:2x4": ("v6e:2x4", "data=4,model=2", 8),
@@ -62,34 +61,17 @@ def forward(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        print(f"{unknown[0]!r} is no case: they are {', '.join(CASES)}", file=sys.stderr)
-        return 2
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+def measure(case: tuple[str, str, int]) -> dict[str, Any]:
+    """What the compiler says of a case."""
+    place, mesh, rows = case
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(gemma_config.describe(GEMMA_7B, "bfloat16")))
-        for name in names or CASES:
-            place, mesh, rows = CASES[name]
-            arguments = f"--init {folder} --dry-run --topology {place} --mesh {mesh} --optim.batch-size {rows}"
-            config = command_line.parse([*arguments.split(), "--model.max-seq-len", "2048"])
-            sizes = parse_mesh(mesh, topology.count(place))
-            if name.startswith("forward"):
-                found = forward(config, sizes)
-            else:
-                found = dry_run.examine(config, sizes, train.abstract_step)
-            results[name] = found | {
-                "mesh": mesh,
-                "rows": rows,
-                "commit": commit.stdout.strip(),
-                "date": datetime.date.today().isoformat(),
-            }
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-            print(f"{name}: fits {found['fits']}, peak {found['hbm']['peak'] / 2**30:.2f} GiB", flush=True)
-    return 0
+        arguments = f"--init {folder} --dry-run --topology {place} --mesh {mesh} --optim.batch-size {rows}"
+        config = command_line.parse([*arguments.split(), "--model.max-seq-len", "2048"])
+    sizes = parse_mesh(mesh, topology.count(place))
+    found = forward(config, sizes) if case in FORWARD.values() else dry_run.examine(config, sizes, train.abstract_step)
+    return found | {"mesh": mesh, "rows": rows}
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(study(FORWARD | STEP, measure, Path(__file__).with_suffix(".json"), sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Time and memory of loading a Gemma folder of 2 GB, beside reading its files: `python tests/studies/gemma_loading.py`.
+"""Time and memory of loading a Gemma folder of 2 GB, beside reading its files: `python -m tests.studies.gemma_loading`.
 
 The folder is random, in bf16, in three files. Peak memory is that of a process of its own; pages of the files that the
 kernel keeps mapped are counted apart from what the process holds, because it gives them back when others want them.
@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from vishwamai_eqx import gemma, gemma_config, huggingface_model
 from vishwamai_eqx.gemma_config import GemmaConfig
+from vishwamai_eqx.version import code_version
 
 CONFIG = GemmaConfig("gemma", 32_000, 2048, 16_384, 8, 8, 8, 256)
 
@@ -95,16 +96,12 @@ def main() -> None:
         total, results = make(Path(name)), {}
         slices = jax.eval_shape(lambda: gemma.Decoder(CONFIG, key=jax.random.key(0)))
         for how in ("read", "load", "read", "load"):
-            done = subprocess.run(
-                [sys.executable, __file__, "--of", name, how], check=True, capture_output=True, text=True
-            )
+            command = [sys.executable, "-m", "tests.studies.gemma_loading", "--of", name, how]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             results[how] = json.loads(done.stdout)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     largest = 2 * max(leaf.size for leaf in jax.tree.leaves(slices))
-    results |= {"folder_bytes": total, "largest_array_bytes": largest, "jax": jax.__version__}
-    results |= {"commit": commit.stdout.strip(), "date": datetime.date.today().isoformat()}
+    results |= {"folder_bytes": total, "largest_array_bytes": largest}
+    results |= {"code": code_version(), "date": datetime.date.today().isoformat()}
     results["peak_over_share_and_slice"] = round(results["load"]["peak_bytes"] / (1.2 * total + largest), 3)
     text = json.dumps(results, indent=2)
     Path(__file__).with_suffix(".json").write_text(text + "\n")

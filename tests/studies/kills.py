@@ -1,7 +1,7 @@
 """A run of `train.py` killed at random moments, each followed by a resume, beside one that nobody killed.
 
-    python tests/studies/kills.py --kills 120 --seed 1 --minutes 30 --output tests/studies/kills.json
-    python tests/studies/kills.py --seed 1 --history 7         the kills of one history again
+    python -m tests.studies.kills --kills 120 --seed 1 --minutes 30 --output tests/studies/kills.json
+    python -m tests.studies.kills --seed 1 --history 7         the kills of one history again
 
 A history is one run that is killed up to six times and then left to its end. A kill is drawn from the seed:
 
@@ -32,7 +32,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = ""
 # The undisturbed run compiles everything, and the others read it: this is about kills, not about the compiler.

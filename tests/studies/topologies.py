@@ -1,17 +1,18 @@
-"""The presets through the TPU compiler on many topologies: `python tests/studies/topologies.py [NAME ...]`.
+"""The presets through the TPU compiler on many topologies: `python -m tests.studies.topologies [CASE ...]`.
 
-One dry run each, a process at a time; every result is added to topologies.json when it is there, with commit and date.
+One dry run each, a process at a time.
 """
 
-import datetime
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+from tests.studies.cases import study
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = Path(__file__).with_suffix(".json")
 # Topology and settings; a batch of so many rows of 2,048 tokens for each device.
 CASES = {
     "base on v2": ("v2:2x2", "--preset base --optim.batch-size 8"),
@@ -29,34 +30,21 @@ CASES = {
 }
 
 
-def main(names: list[str]) -> int:
-    unknown = [name for name in names if name not in CASES]
-    if unknown:
-        print(f"{unknown[0]!r} is no case: they are {', '.join(CASES)}", file=sys.stderr)
-        return 2
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    for name in names or CASES:
-        topology, settings = CASES[name]
-        command = [sys.executable, "train.py", "--dry-run", "--json", "--topology", topology, *settings.split()]
-        began = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode not in (0, 3):
-            print(f"{name}: exit code {done.returncode}\n{done.stderr[-2000:]}", file=sys.stderr)
-            return 1
-        found = json.loads(done.stdout)
-        ratio = found["hbm_by_hand"]["peak"] / found["hbm"]["peak"]
-        results[name] = found | {
-            "command": " ".join(["python", *command[1:]]),
-            "hand_over_compiler": round(ratio, 3),
-            "compile_seconds": round(time.perf_counter() - began),
-            "commit": commit.stdout.strip(),
-            "date": datetime.date.today().isoformat(),
-        }
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"{name}: fits {found['fits']}, peak {found['hbm']['peak'] / 2**30:.2f} GiB, hand / compiler {ratio:.3f}")
-    return 0
+def measure(case: tuple[str, str]) -> dict[str, Any]:
+    """What a dry run says of a case, and how near the peak by hand is to it."""
+    topology, settings = case
+    command = [sys.executable, "train.py", "--dry-run", "--json", "--topology", topology, *settings.split()]
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode not in (0, 3):
+        raise RuntimeError(f"exit code {done.returncode}\n{done.stderr[-2000:]}")
+    found = json.loads(done.stdout)
+    return found | {
+        "command": " ".join(["python", *command[1:]]),
+        "hand_over_compiler": round(found["hbm_by_hand"]["peak"] / found["hbm"]["peak"], 3),
+        "compile_seconds": round(time.perf_counter() - began),
+    }
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(study(CASES, measure, Path(__file__).with_suffix(".json"), sys.argv[1:]))

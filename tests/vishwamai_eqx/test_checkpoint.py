@@ -292,6 +292,12 @@ def test_two_runs_in_one_directory_are_refused(opened):
     opened().close()
 
 
+def test_a_folder_in_place_of_the_lock_is_refused(opened, tmp_path):
+    (tmp_path / "checkpoints" / ".lock").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"checkpoints/\.lock is a folder"):
+        opened()
+
+
 @pytest.mark.parametrize("setting", [{"every": 0}, {"keep": 0}, {"minutes": -1.0}])
 def test_impossible_settings_are_refused(opened, setting):
     ((name, value),) = setting.items()

@@ -91,21 +91,22 @@ def test_workers_and_restarts_do_not_change_what_comes(dataset, workers):
 
 
 def test_batches_are_made_while_the_last_one_is_used(dataset, monkeypatch):
-    original = data.Dataset.batch
+    original, second = data.Dataset.batch, threading.Event()
 
     def slow(self, n, rows=slice(None)):
-        time.sleep(0.02)
+        time.sleep(0.5)
+        if n == 1:
+            second.set()
         return original(self, n, rows)
 
     monkeypatch.setattr(data.Dataset, "batch", slow)
-    feed = Feed(dataset, range(8), sharding(1))
-    waits = []
-    for _ in feed:
-        waits.append(feed.waited)
-        time.sleep(0.06)
-    assert waits[0] >= 0.02
-    # One after the other they would take 0.14 s.
-    assert sum(waits[1:]) < 0.07
+    feed = Feed(dataset, range(2), sharding(1), workers=1)
+    batches = iter(feed)
+    next(batches)
+    assert feed.waited >= 0.5
+    assert second.wait(30), "nobody makes the second batch while the first is used"
+    next(batches)
+    assert feed.waited < 0.5
 
 
 def test_a_feed_that_is_left_early_lets_go_of_its_threads(dataset):

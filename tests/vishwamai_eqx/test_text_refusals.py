@@ -343,6 +343,11 @@ def an_id_that_is_no_piece(folder):
 
 
 @refusal
+def an_id_larger_than_any_type(folder):
+    VishwamAITokenizer(HERE / "huggingface").decode([2**70])
+
+
+@refusal
 def a_text_with_half_a_surrogate_pair(folder):
     VishwamAITokenizer(HERE / "huggingface").encode_ids("some text \udc80 and more")
 
