@@ -51,6 +51,8 @@ def run(
 WEIGHTS = {"balance_loss_weight": 0.3, "router_z_loss_weight": 0.1, "clip_norm": 0.5}
 WEIGHTS |= {"warmup_steps": 3, "learning_rate": 3e-2}
 OTHERWISE = {"tie_embeddings": False, "remat": "full", "dropout_rate": 0.2}
+# On four devices along `model`, each pair of them has one head for keys and values.
+DENSE = {"num_experts": 1, "experts_per_token": 1}
 one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **model), {}, steps, dtype))
 
 
@@ -69,6 +71,7 @@ one = functools.cache(lambda dtype, steps, **model: run(small(optim=WEIGHTS, **m
         rarely({"model": 4}, 4, {}),
         rarely({"data": 2, "model": 4}, 1, OTHERWISE),
         rarely({"replica": 2, "data": 2, "model": 2}, 1, {}),
+        ({"data": 2, "model": 4}, 2, DENSE),
     ],
     ids=str,
 )

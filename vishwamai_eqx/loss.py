@@ -10,6 +10,7 @@ the targets' logits, three numbers a token, are all that the devices tell each o
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -44,10 +45,18 @@ def cross_entropy(
     hidden, targets, mask = vary_alike((hidden, targets, mask))
     hidden, weight = vary_alike((mesh.vary(hidden, "model"), weight))
     targets = targets - mesh.index("model") * weight.shape[0]
-    tokens = batch * seq
     chunk = max(CHUNK_LOGITS // weight.shape[0], CHUNK_TOKENS)
+    longest = max(batch, seq)
+    wanted = max(1, min(math.ceil(batch * seq / chunk), longest))
     # Two axes a chunk: contracting both for the weight's gradient keeps XLA's CPU library on its fast path.
-    chunks = next(n for n in range(max(1, tokens // chunk), 0, -1) if batch % n == 0 or (tokens // batch) % n == 0)
+    chunks = next(n for n in range(wanted, 0, -1) if batch % n == 0 or seq % n == 0)
+    if 3 * chunks < 2 * wanted:
+        # Neither axis divides well, such as one row of a prime length: the longer one is padded, and not counted.
+        chunks = math.ceil(longest / math.ceil(longest / wanted))
+        rows, columns = (-batch % chunks, 0) if batch > seq else (0, -seq % chunks)
+        hidden = jnp.pad(hidden, ((0, rows), (0, columns), (0, 0)))
+        targets, mask = (jnp.pad(a, ((0, rows), (0, columns))) for a in (targets, mask))
+        batch, seq = targets.shape
     if batch % chunks == 0:
         shape = (chunks, batch // chunks, seq)
     else:

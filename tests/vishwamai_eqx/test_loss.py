@@ -1,5 +1,8 @@
 """Chunked cross-entropy against the plain one."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +20,26 @@ def plain(hidden, weight, targets, mask, softcap):
 
 
 @pytest.mark.parametrize(
-    ("chunk", "batch", "softcap"),
-    [(1 << 22, 4, None), (24, 3, 2.0), (24, 4, None), (12, 3, None), (12, 4, 2.0), (1, 3, None), (1, 4, 30.0)],
+    ("chunk", "batch", "seq", "softcap"),
+    [
+        (1 << 22, 4, 6, None),
+        (24, 3, 6, 2.0),
+        (24, 4, 6, None),
+        (12, 3, 6, None),
+        (12, 4, 6, 2.0),
+        (1, 3, 6, None),
+        (1, 4, 6, 30.0),
+        (4, 1, 29, None),
+        (3, 13, 1, 2.0),
+    ],
 )
-def test_value_and_gradients_are_the_plain_ones(monkeypatch, chunk, batch, softcap):
+def test_value_and_gradients_are_the_plain_ones(monkeypatch, chunk, batch, seq, softcap):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 1)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk * 31)
     keys = jax.random.split(jax.random.key(0), 4)
-    hidden, weight = jax.random.normal(keys[0], (batch, 6, 8)), jax.random.normal(keys[1], (31, 8))
-    targets = jax.random.randint(keys[2], (batch, 6), 0, 31)
-    mask = (jax.random.uniform(keys[3], (batch, 6)) < 0.7).astype(jnp.float32)
+    hidden, weight = jax.random.normal(keys[0], (batch, seq, 8)), jax.random.normal(keys[1], (31, 8))
+    targets = jax.random.randint(keys[2], (batch, seq), 0, 31)
+    mask = (jax.random.uniform(keys[3], (batch, seq)) < 0.7).astype(jnp.float32)
     expected = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets, mask, softcap), (0, 1))(hidden, weight)
     ours = jax.value_and_grad(lambda h, w: 3 * loss.cross_entropy(h, w, targets, mask, softcap), (0, 1))
     found = ours(hidden, weight)
@@ -45,11 +58,25 @@ def test_one_chunk_in_bf16(vocab):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b.astype(a.dtype), a, atol=0.05, rtol=0.05), expected, found)
 
 
-def test_no_array_of_all_logits_is_ever_made(monkeypatch):
+def compiled_gradient(monkeypatch, batch, seq, vocab):
     monkeypatch.setattr(loss, "CHUNK_TOKENS", 16)
     monkeypatch.setattr(loss, "CHUNK_LOGITS", 16)
-    tokens, vocab = 256, 1000
-    shapes = jax.ShapeDtypeStruct((8, 32, 8), jnp.float32), jax.ShapeDtypeStruct((vocab, 8), jnp.float32)
-    ints, mask = jax.ShapeDtypeStruct((8, 32), jnp.int32), jax.ShapeDtypeStruct((8, 32), jnp.float32)
-    compiled = jax.jit(jax.grad(loss.cross_entropy, (0, 1))).lower(*shapes, ints, mask).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < tokens * vocab * 4 / 2
+    shapes = jax.ShapeDtypeStruct((batch, seq, 8), jnp.float32), jax.ShapeDtypeStruct((vocab, 8), jnp.float32)
+    ints, mask = jax.ShapeDtypeStruct((batch, seq), jnp.int32), jax.ShapeDtypeStruct((batch, seq), jnp.float32)
+    return jax.jit(jax.grad(loss.cross_entropy, (0, 1))).lower(*shapes, ints, mask).compile()
+
+
+@pytest.mark.parametrize(("batch", "seq"), [(8, 32), (1, 257), (257, 1)])
+def test_no_array_of_all_logits_is_ever_made(monkeypatch, batch, seq):
+    vocab = 1000
+    compiled = compiled_gradient(monkeypatch, batch, seq, vocab)
+    assert compiled.memory_analysis().temp_size_in_bytes < batch * seq * vocab * 4 / 2
+
+
+@pytest.mark.parametrize(("batch", "seq", "tokens"), [(1, 47, 16), (17, 1, 9), (1, 32, 16)])
+def test_a_few_tokens_too_many_for_one_chunk_are_cut_too(monkeypatch, batch, seq, tokens):
+    """So few that weights and hidden states outweigh the logits: each array of the program is looked at."""
+    vocab = 1000
+    program = compiled_gradient(monkeypatch, batch, seq, vocab).as_text()
+    arrays = [math.prod(map(int, sizes.split(","))) for sizes in re.findall(r"f32\[([\d,]+)\]", program)]
+    assert max(arrays) == tokens * vocab
