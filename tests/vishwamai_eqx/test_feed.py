@@ -110,14 +110,14 @@ def test_batches_are_made_while_the_last_one_is_used(dataset, monkeypatch):
 
 
 def test_a_feed_that_is_left_early_lets_go_of_its_threads(dataset):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     batches = iter(Feed(dataset, range(1000), sharding(1)))
     next(batches)
     del batches
     deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while not set(threading.enumerate()) <= before and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() <= before
+    assert set(threading.enumerate()) <= before
 
 
 PROCESS = """
