@@ -7,6 +7,7 @@
 The same script runs on one CPU core and on a mesh of TPU chips: one device is the mesh of one.
 """
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ from vishwamai_eqx import (
     logbook,
     nonfinite,
     optim,
+    processes,
     run,
     skip,
     state,
@@ -42,7 +44,7 @@ from vishwamai_eqx import (
 from vishwamai_eqx.accounting import Clock
 from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.checkpoint import Checkpoints
-from vishwamai_eqx.config import BATCH_AXES, Config, parse_mesh, to_dict
+from vishwamai_eqx.config import BATCH_AXES, Config, ProcessesConfig, parse_mesh, to_dict
 from vishwamai_eqx.data import Batch
 from vishwamai_eqx.feed import Feed, place
 from vishwamai_eqx.guard import Refusals, Signals
@@ -204,13 +206,13 @@ def token_loss(model: Model, specs: Model, hidden: Array, batch: Batch) -> Array
         return sum_over(cross_entropy(hidden, head.weight, batch.targets, real, model.softcap), *BATCH_AXES)
 
 
-def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
-    """The run's tokenizer, trained at the first start."""
+def make_tokenizer(config: Config, corpus: data.Corpus) -> None:
+    """At a run's first start put a tokenizer in its folder: the one to take, or one trained on the text."""
     assert config.run_dir is not None
     folder = config.run_dir / "tokenizer"
     # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
     if command_line.read_config(config.run_dir) is not None:
-        return run.tokenizer_of(config.run_dir, config)
+        return
     command_line.make_run_dir(config.run_dir)
     if config.tokenizer is not None:
         tokenizer = VishwamAITokenizer(config.tokenizer)
@@ -222,7 +224,6 @@ def read_tokenizer(config: Config, corpus: data.Corpus) -> VishwamAITokenizer:
             f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
             f"{config.tokenizer or folder}; take --model.vocab-size {tokenizer.vocab_size}."
         )
-    return tokenizer
 
 
 class Setup(NamedTuple):
@@ -244,17 +245,25 @@ class Setup(NamedTuple):
 
 def set_up(config: Config) -> Setup:
     """Tokenize the text, lay the state out over the mesh, compile the step; no array is made yet."""
-    corpus = data.load_documents(config.data, config.seed)
-    tokenizer = read_tokenizer(config, corpus)
+    assert config.run_dir is not None
+    processes.require_same(to_dict(dataclasses.replace(config, processes=ProcessesConfig())))
+    with processes.together():
+        corpus = data.load_documents(config.data, config.seed)
+    processes.require_same({"data": {"fingerprint of the text": corpus.fingerprint}})
+    with processes.together():
+        if processes.primary():
+            make_tokenizer(config, corpus)
+    with processes.together():
+        tokenizer = run.tokenizer_of(config.run_dir, config)
     mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
     step, (abstract, batch) = abstract_step(config, mesh, dtype)
-    assert config.run_dir is not None
     if not checkpoint.steps(config.run_dir / "checkpoints"):
         state.check(config, abstract)
     compiling = ThreadPoolExecutor(1).submit(step.lower(abstract, batch).compile)
     length, rows = config.model.max_seq_len, config.optim.batch_size
-    dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+    with processes.together():
+        dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
     shardings, transform = jax.tree.map(lambda leaf: leaf.sharding, abstract), optim.optimizer(config.optim)
     return Setup(
         dataset,
@@ -304,6 +313,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         ) as checkpoints,
         Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=log.event) as watchdog,
         progress(console) as bar,
+        processes.bounded(),
         Refusals() as refusals,
     ):
 
@@ -341,7 +351,8 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         clock = Clock(started)
         current = checkpoints.restore(abstract) or new_state()
         first = int(current.step)
-        command_line.write_config(config)
+        if processes.primary():
+            command_line.write_config(config)
         refusals.end()
         watchdog.step(first)
         signals.waits = True
@@ -404,7 +415,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         texts = write(steps, current.model)
         log.span("eval", clock.lap(), step=steps)
         log.flush()
-        if jax.process_index() == 0:
+        if processes.primary():
             console.print(accounting.goodput(config.run_dir), highlight=False)
 
     lines = evaluation.python_lines(texts)
@@ -457,8 +468,16 @@ def progress(console: Console) -> Progress:
 
 
 def impossible(config: Config) -> list[str]:
-    """What cannot be of the configuration on the devices here, or on those of its topology."""
-    return problems(config, dry_run.devices(config), "tpu" if config.topology else jax.default_backend())
+    """What cannot be of the configuration on the devices of all its processes, or on those of its topology.
+
+    How many devices there are, no process knows before it has found the others.
+    """
+    if config.dry_run:
+        return problems(config, dry_run.devices(config), "tpu" if config.topology else jax.default_backend())
+    if mistakes := processes.problems(config.processes):
+        return mistakes
+    processes.join(config.processes)
+    return problems(config, jax.device_count(), jax.default_backend(), jax.process_count())
 
 
 def main(argv: list[str], started: float | None = None) -> int:
@@ -469,10 +488,11 @@ def main(argv: list[str], started: float | None = None) -> int:
         if config.dry_run:
             return dry_run.run(config, abstract_step)
         if config.replay is not None:
-            return replay(config, config.replay)
+            with processes.bounded():
+                return replay(config, config.replay)
         # Until there is a step to save, a signal ends the program at once.
-        with Signals(waits=False) as signals:
-            return train(config, Console(stderr=True), started, signals)
+        with Signals(waits=False) as signals, processes.bounded():
+            return train(config, Console(stderr=True, quiet=not processes.primary()), started, signals)
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2

@@ -16,12 +16,25 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 import tyro
 
 from vishwamai_eqx import gemma_config
-from vishwamai_eqx.config import PRESETS, Config, from_dict, nearest, to_dict
+from vishwamai_eqx.config import PRESETS, Config, ProcessesConfig, from_dict, nearest, to_dict
 
 Settings = TypeVar("Settings")
 # Settings that may differ when a run is resumed: they change what is looked at, not what is computed. With those of
 # `guard` a run that stopped for too many skipped steps gets past them. What `gemma` holds is of the folder in `init`.
-FREE = ("run_dir", "gemma", "mesh", "dry_run", "topology", "plan", "json", "replay", "checkpoint", "eval", "guard")
+FREE = (
+    "run_dir",
+    "gemma",
+    "mesh",
+    "dry_run",
+    "topology",
+    "plan",
+    "json",
+    "replay",
+    "checkpoint",
+    "eval",
+    "guard",
+    "processes",
+)
 # Peak learning rate where weights are trained already: a preset's own would undo them.
 FINE_TUNING_RATE = 2e-5
 
@@ -52,7 +65,8 @@ def parse(
         base = _fine_tuning(base, Path(init)) if init and fresh else base
     except ValueError as error:
         raise ValueError("\n".join([*mistakes, str(error)])) from None
-    base = dataclasses.replace(base, dry_run=False, topology=None, plan=False, json=False, replay=None)
+    once = {"dry_run": False, "topology": None, "plan": False, "json": False, "replay": None}
+    base = dataclasses.replace(base, **once, processes=ProcessesConfig())
     config = tyro.cli(Config, default=base, args=_joined(argv), description=description)
     config = dataclasses.replace(config, run_dir=run_dir)
     # Of another preset most settings differ, which its name says.

@@ -173,6 +173,18 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class ProcessesConfig:
+    """The processes that are one run, each started with the same command but for its index."""
+
+    address: str | None = None
+    """HOST:PORT where process 0 listens for the others; auto asks the TPU pod or Slurm, count and index too."""
+    count: int | None = None
+    """How many processes there are."""
+    index: int | None = None
+    """Which of them this one is, from 0."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A run of `train.py`."""
 
@@ -208,6 +220,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    processes: ProcessesConfig = field(default_factory=ProcessesConfig)
 
 
 PRESETS: dict[str, Config] = {

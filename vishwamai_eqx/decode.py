@@ -10,6 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 # Tokens that the loop makes before the host looks: text streams, and few launches are paid for.
@@ -133,9 +134,11 @@ def _stream(
     rows = prefill(model, tokens, lengths, *settings, *ends, length=length)
     made, done = 0, np.zeros(len(prompts), bool)
     while made < max_new_tokens and not done.all():
-        new, rows = decode(model, rows, jnp.asarray(eos_id, jnp.int32))
+        new, rows = decode(model, rows, np.int32(eos_id))
         drawn: list[list[int]] = []
-        for i, row in enumerate(np.asarray(new)[:, : max_new_tokens - made].tolist()):
+        # Of several processes each has some rows, and tells the others.
+        new = multihost_utils.process_allgather(new, tiled=True)
+        for i, row in enumerate(new[:, : max_new_tokens - made].tolist()):
             end = row.index(eos_id) if eos_id in row else len(row)
             drawn.append([] if done[i] else row[:end])
             done[i] |= end < len(row)

@@ -37,7 +37,8 @@ def held_out(
     """Measure all held-out rows, or the first `limit`, `rows` at a time; `evaluate` sums nats and tokens of a batch."""
     nats, tokens, source_bytes = 0.0, 0, 0
     for batch in dataset.held_out_batches(rows, limit):
-        batch_nats, batch_tokens = evaluate(model, jax.device_put(batch, sharding))
+        sent = jax.tree.map(lambda rows: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__), batch)
+        batch_nats, batch_tokens = evaluate(model, sent)
         source_bytes += dataset.source_bytes(batch)
         nats += float(batch_nats)
         tokens += int(batch_tokens)

@@ -8,10 +8,11 @@ from vishwamai_eqx.config import BATCH_AXES, PRESETS, SMALLEST_VOCABULARY, Confi
 from vishwamai_eqx.factors import closest, divisors
 
 
-def problems(config: Config, devices: int, platform: str | None = None) -> list[str]:
+def problems(config: Config, devices: int, platform: str | None = None, processes: int = 1) -> list[str]:
     """A sentence for each setting that is impossible on so many devices: name, value, constraint, nearest choice.
 
-    `platform` is that of the devices, such as "tpu"; None refuses nothing for it.
+    `platform` is that of the devices, such as "tpu"; None refuses nothing for it. Each of several `processes` has some
+    of the devices.
     """
     found = []
 
@@ -33,6 +34,14 @@ def problems(config: Config, devices: int, platform: str | None = None) -> list[
     except ValueError as error:
         return [*found, str(error)]
     _on_mesh(require, possible, config, sizes)
+    used = math.prod(sizes.values())
+    require(
+        "mesh",
+        config.mesh,
+        processes == 1 or used == devices,
+        f"of all {devices} devices of the {processes} processes",
+        f"data={devices}",
+    )
     return found
 
 
