@@ -56,7 +56,6 @@ from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.skip import Skips
 from vishwamai_eqx.speed import Speed
 from vishwamai_eqx.state import TrainState
-from vishwamai_eqx.tokenizer import VishwamAITokenizer
 from vishwamai_eqx.validation import problems
 from vishwamai_eqx.version import code_version
 from vishwamai_eqx.watchdog import Watchdog
@@ -206,26 +205,6 @@ def token_loss(model: Model, specs: Model, hidden: Array, batch: Batch) -> Array
         return sum_over(cross_entropy(hidden, head.weight, batch.targets, real, model.softcap), *BATCH_AXES)
 
 
-def make_tokenizer(config: Config, corpus: data.Corpus) -> None:
-    """At a run's first start put a tokenizer in its folder: the one to take, or one trained on the text."""
-    assert config.run_dir is not None
-    folder = config.run_dir / "tokenizer"
-    # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
-    if command_line.read_config(config.run_dir) is not None:
-        return
-    command_line.make_run_dir(config.run_dir)
-    if config.tokenizer is not None:
-        tokenizer = VishwamAITokenizer(config.tokenizer)
-        tokenizer.save(folder)
-    else:
-        tokenizer = data.train_tokenizer(corpus, config.model.vocab_size, folder)
-    if not run.fits(tokenizer, config):
-        raise ValueError(
-            f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
-            f"{config.tokenizer or folder}; take --model.vocab-size {tokenizer.vocab_size}."
-        )
-
-
 class Setup(NamedTuple):
     """What a run is made of, whether it trains or does a step again."""
 
@@ -252,7 +231,7 @@ def set_up(config: Config) -> Setup:
     processes.require_same({"data": {"fingerprint of the text": corpus.fingerprint}})
     with processes.together():
         if processes.primary():
-            make_tokenizer(config, corpus)
+            run.make_tokenizer(config, corpus)
     with processes.together():
         tokenizer = run.tokenizer_of(config.run_dir, config)
     mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)

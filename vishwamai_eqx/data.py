@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Int64, Integer, UInt32
 
-from vishwamai_eqx import packing, sentencepiece_training
+from vishwamai_eqx import packing
 from vishwamai_eqx.cache import cache_folder
 from vishwamai_eqx.corpus import Corpus as Corpus
 from vishwamai_eqx.corpus import load_documents as load_documents
@@ -107,11 +107,6 @@ class Dataset:
             for number, rows in enumerate(self.train_rows)
         ]
         return sources[0] if len(sources) == 1 else grain.MapDataset.mix(sources, self.weights)
-
-
-def train_tokenizer(corpus: Corpus, vocab_size: int, directory: Path) -> VishwamAITokenizer:
-    """A tokenizer trained on the documents that are not held out, a sample of them where they are many."""
-    return VishwamAITokenizer.train(corpus.training_text(sentencepiece_training.ENOUGH_BYTES), vocab_size, directory)
 
 
 def prepare(

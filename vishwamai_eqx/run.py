@@ -9,10 +9,12 @@ import numpy as np
 
 from vishwamai_eqx import checkpoint, huggingface_model
 from vishwamai_eqx.architecture import Model, abstract
-from vishwamai_eqx.command_line import read_config
+from vishwamai_eqx.command_line import make_run_dir, read_config
 from vishwamai_eqx.config import Config
+from vishwamai_eqx.corpus import Corpus
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.precision import compute_dtype
+from vishwamai_eqx.sentencepiece_training import ENOUGH_BYTES
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 
@@ -49,6 +51,31 @@ def configuration(run_dir: Path) -> Config:
     if config is None:
         raise ValueError(f"run_dir={str(run_dir)!r} must be a run's: it has no config.json; train one with train.py.")
     return config
+
+
+def make_tokenizer(config: Config, corpus: Corpus) -> None:
+    """At a run's first start put a tokenizer in its folder: the one to take, or one trained on the text.
+
+    It learns from documents that are not held out, a sample of them where they are many. Raises ValueError if the model
+    has not a row for each of its pieces.
+    """
+    assert config.run_dir is not None
+    folder = config.run_dir / "tokenizer"
+    # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
+    if read_config(config.run_dir) is not None:
+        return
+    make_run_dir(config.run_dir)
+    if config.tokenizer is not None:
+        tokenizer = VishwamAITokenizer(config.tokenizer)
+        tokenizer.save(folder)
+    else:
+        text = corpus.training_text(ENOUGH_BYTES)
+        tokenizer = VishwamAITokenizer.train(text, config.model.vocab_size, folder)
+    if not fits(tokenizer, config):
+        raise ValueError(
+            f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
+            f"{config.tokenizer or folder}; take --model.vocab-size {tokenizer.vocab_size}."
+        )
 
 
 def tokenizer_of(run_dir: Path, config: Config) -> VishwamAITokenizer:

@@ -10,6 +10,7 @@ import train
 from tests.histories import text
 from vishwamai_eqx import command_line
 from vishwamai_eqx.config import PRESETS, Config, from_dict, to_dict
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
 from vishwamai_eqx.validation import problems
 
 REFUSED = [
@@ -147,7 +148,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_a_tokenizer_is_trained(t
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(command_line, "TemporaryFile", full)
-    monkeypatch.setattr(train.data, "train_tokenizer", lambda *_: pytest.fail("the tokenizer is trained"))
+    monkeypatch.setattr(VishwamAITokenizer, "train", lambda *_: pytest.fail("the tokenizer is trained"))
     assert train.main(["--run-dir", str(tmp_path / "run"), "--data", text(tmp_path)]) == 2
     sentence = capsys.readouterr().err.strip()
     assert sentence.startswith("run_dir=") and "cannot be written: [Errno 28] No space left on device; take" in sentence

@@ -40,7 +40,7 @@ def corpus(folder, cache) -> data.Corpus:
 
 @pytest.fixture(scope="module")
 def tokenizer(corpus, cache) -> VishwamAITokenizer:
-    return data.train_tokenizer(corpus, 340, cache / "tokenizer")
+    return VishwamAITokenizer.train(corpus.training_text(10**8), 340, cache / "tokenizer")
 
 
 def prepare(corpus, tokenizer, cache, seed=3, batch_size=4) -> data.Dataset:
