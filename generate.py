@@ -1,11 +1,14 @@
-"""Write text with a trained model: prompt -> ids -> prefill -> one jitted decode loop -> text as it comes.
+"""Write text with a trained model: prompt -> prefill -> decode loop -> text.
 
-python generate.py --run-dir runs/tiny --prompt 'def main('
-python generate.py --model gemma-7b --prompt 'The capital of France is'
-echo 'import os' | python generate.py --run-dir runs/tiny --temperature 0.7 --top-p 0.9 --num-samples 3
+    python generate.py --run-dir runs/tiny --prompt 'def main('
+    python generate.py --model gemma-7b --prompt 'The capital of France is'
+    echo 'import os' | python generate.py --top-p 0.9 --num-samples 3
+
+One sample streams as it is made; several are shown when all are done.
 """
 
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -123,13 +126,18 @@ def main(argv: list[str]) -> int:
     try:
         settings = command_line.parse_settings(Settings, argv, Settings(), __doc__)
         sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(settings, name) < 1:
-                raise ValueError(f"{name}={getattr(settings, name)} must be at least 1; take 1.")
+        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+            if not least <= getattr(settings, name) < 2**31:
+                value = getattr(settings, name)
+                raise ValueError(f"{name}={value} must be at least {least} and below 2**31; take {least}.")
         generate(settings, sampling, load(settings))
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Who reads has read enough, as `head` does; else Python would say so once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return 0
 
 

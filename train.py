@@ -1,10 +1,10 @@
-"""Train VishwamAI: text -> tokens -> packed rows -> one jitted step over a mesh -> metrics, samples, checkpoints.
+"""Train VishwamAI: text -> tokens -> rows -> steps over a mesh -> checkpoints.
 
-    python train.py                                       preset tiny on the Python standard library, in minutes
-    python train.py --preset base --data 'corpus/*.txt'   your text
-    python train.py --run-dir runs/tiny                   go on where that run stopped
+    python train.py                       preset tiny on Python's own library
+    python train.py --data 'texts/*.md'   your text
+    python train.py --run-dir runs/tiny   go on where that run stopped
 
-The same script runs on one CPU core and on a mesh of TPU chips: one device is the mesh of one.
+On one CPU core and on a mesh of TPU chips: one device is the mesh of one.
 """
 
 import dataclasses

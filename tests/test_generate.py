@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +123,22 @@ def test_an_exchanged_tokenizer_is_refused(run_dir, exported, tmp_path, pieces, 
         other.save(copied / "tokenizer")
         assert generate.main(["--run-dir", str(copied), "--prompt", "abc"]) == 2
         assert "the run's tokenizer has been exchanged; put its own back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_another_would_repeat_is_refused(seed, capsys):
+    assert generate.main(["--prompt", "abc", f"--seed={seed}"]) == 2
+    assert f"seed={seed} must be at least 0 and below 2**31; take 0." in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error_to_speak_of(run_dir):
+    command = [sys.executable, "generate.py", "--run-dir", str(run_dir), "--prompt", "abc", "--max-new-tokens", "50"]
+    with subprocess.Popen(
+        command, cwd=Path(generate.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (1, b"")
 
 
 @pytest.mark.parametrize(

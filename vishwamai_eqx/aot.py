@@ -66,7 +66,8 @@ def exhausted(message: str) -> int | None:
     """The bytes of HBM that a program needs which the compiler refused for them; None for another refusal."""
     if "RESOURCE_EXHAUSTED" not in message:
         return None
-    for pattern in (r"Used ([\d.]+)([KMGT]?)i?B? of", r"required for HLO temporaries \(([\d.]+)([KMGT]?)"):
+    # Scalar and vector memory run out in the same words; of them no smaller batch makes more.
+    for pattern in (r"space hbm\. Used ([\d.]+)([KMGT]?)", r"required for HLO temporaries \(([\d.]+)([KMGT]?)"):
         if found := re.search(pattern, message):
             return round(float(found[1]) * _UNITS[found[2]])
     return None

@@ -54,12 +54,18 @@ def _stand_in(folder: Path, reason: str) -> Path:
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder for one process: a second one waits, then finds the work done. A killed process lets go."""
     lock = folder / "lock"
-    if folder.is_file():
-        remove(folder)
-    if lock.is_dir():
-        remove(lock)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    try:
+        if folder.is_file() or (folder.is_symlink() and not folder.exists()):
+            remove(folder)
+        if lock.is_dir():
+            remove(lock)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: cannot be written ({error.strerror}); remove it, or set VISHWAMAI_CACHE to a folder that can be"
+        ) from None
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -176,12 +176,18 @@ def flags(kind: type) -> dict[str, Any]:
 
 def _without_mistakes(argv: Sequence[str], known: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The arguments that have a meaning, and a sentence for each that is no flag, or no value of its flag."""
-    good, mistakes = [], []
+    good, mistakes, several = [], [], set()
     for arguments in _each(argv):
+        flag = arguments[0].partition("=")[0].replace("_", "-")
         if found := list(_mistakes(arguments, known)):
             mistakes += found
+        elif flag in several:
+            # Of a flag with one value the last one counts; of these the first ones would be lost.
+            mistakes.append(f"{flag} is given twice; give all its values after one of them.")
         else:
             good += arguments
+            if get_origin(known.get(flag)) is tuple:
+                several.add(flag)
     return good, mistakes
 
 

@@ -106,12 +106,17 @@ def load_documents(data: DataConfig, seed: int = 0, cache_dir: Path | None = Non
         )
     sources = find_files(data)
     files = [path for source in sources for path in source]
-    table = [[str(path.absolute()), status.st_size, status.st_mtime_ns] for path in files for status in [path.stat()]]
+    # Of a file that is written anew within a tick of its clock, or given its old time, the second time is another.
+    table = [
+        [str(path.absolute()), status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        for path in files
+        for status in [path.stat()]
+    ]
     key = blake2b(json.dumps([FORMAT, data.text_column, table]).encode(), digest_size=8).hexdigest()
     folder = (cache_dir or cache_folder()) / "index" / key
     with locked(folder):
         counts, documents = _indexed(folder, len(files)) or _index(
-            files, data.text_column, sum(size for _, size, _ in table), folder
+            files, data.text_column, sum(size for _, size, *_ in table), folder
         )
     per_source = [part.sum() for part in np.split(counts, np.cumsum([len(source) for source in sources])[:-1])]
     digests, sizes = np.ascontiguousarray(documents["digest"]), np.ascontiguousarray(documents["size"])

@@ -30,10 +30,10 @@ NOT_LIBRARY = {"site-packages", "dist-packages", "__pycache__", "test", "tests",
 
 
 def find_files(data: DataConfig) -> list[list[Path]]:
-    """The files that each glob matches, in order of path; a file that several match belongs to the first."""
+    """The files that each glob matches, in order of path; one that has several names is read by the first."""
     if not data.files:
         return [_standard_library()]
-    seen: set[str] = set()
+    seen: set[tuple[int, int]] = set()
     sources = []
     for pattern in data.files:
         matches = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
@@ -42,10 +42,14 @@ def find_files(data: DataConfig) -> list[list[Path]]:
         for name in matches:
             if not name.endswith(SUFFIXES):
                 raise ValueError(f"{name}: not one of {' '.join(SUFFIXES)}; narrow data.files={pattern!r}")
-        sources.append([Path(name) for name in matches if name not in seen])
+        files = {}
+        for name in matches:
+            status = os.stat(name)
+            files.setdefault((status.st_dev, status.st_ino), Path(name))
+        sources.append([path for file, path in files.items() if file not in seen])
         if not sources[-1]:
             raise ValueError(f"data.files={pattern!r}: earlier globs match all of its files; leave it out")
-        seen.update(matches)
+        seen.update(files)
     return sources
 
 
@@ -109,6 +113,12 @@ def _read_text(path: Path) -> Iterator[tuple[str, bool]]:
 
 def _read_records(path: Path, text_column: str) -> Iterator[str]:
     """The named column of a JSON-lines or Parquet file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{os.fsencode(path)!r}: its name is not UTF-8, by which DuckDB opens files; rename it"
+        ) from None
     is_json = path.name.endswith(JSON_SUFFIXES)
     column = '"' + text_column.replace('"', '""') + '"'
     quoted = "'" + text_column.replace("'", "''") + "'"
@@ -119,14 +129,16 @@ def _read_records(path: Path, text_column: str) -> Iterator[str]:
     # One thread: DuckDB then holds one part of the file at a time.
     with duckdb.connect(config={"threads": 1}) as connection:
         if is_json:
-            options += f", records=true, maximum_object_size={LINE_BYTES}, columns={{{quoted}: 'VARCHAR'}}"
+            # As VARCHAR numbers, lists and objects would be text too.
+            options += f", records=true, maximum_object_size={LINE_BYTES}, columns={{{quoted}: 'JSON'}}"
+            column = f"CASE json_type({column}) WHEN 'VARCHAR' THEN {column}->>'$' END"
             source = f"read_json(?, format='newline_delimited', {options})"
         else:
             source = f"read_parquet(?, {options})"
         try:
             described = connection.execute(f"DESCRIBE SELECT * FROM {source}", [name]).fetchall()
             kinds = {each: kind for each, kind, *_ in described}
-            if kinds.get(text_column) != "VARCHAR":
+            if kinds.get(text_column) != ("JSON" if is_json else "VARCHAR"):
                 texts = [repr(each) for each, kind in kinds.items() if kind == "VARCHAR"]
                 fix = (
                     f"set data.text_column to {' or '.join(texts)}"
@@ -207,7 +219,7 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                 except ValueError as error:
                     reason = "not UTF-8" if isinstance(error, UnicodeError) else getattr(error, "msg", str(error))
                     return _not_json(path, number, reason)
-                if isinstance(record, dict) and text_column in record and record[text_column] is None:
+                if isinstance(record, dict) and not isinstance(record.get(text_column, ""), str):
                     return f"{path}, line {number}: no text in column {text_column!r}; mend or remove the line"
                 if not isinstance(record, dict) or text_column not in record:
                     has = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"

@@ -19,10 +19,19 @@ def train(texts: Iterable[str | Path], vocab_size: int) -> bytes:
 
     Pieces do not cross lines, digits stand alone, and what has no piece is spelled in bytes.
     """
-    model = io.BytesIO()
+    model, of_text = io.BytesIO(), []
+
+    def sentences() -> Iterator[str]:
+        try:
+            yield from _sentences(texts)
+        except Exception as error:
+            # The trainer would make of it one of its own.
+            of_text.append(error)
+            raise
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=sentences(),
             model_writer=model,
             # Of fewer than the special pieces it says only which line of its own source refused them.
             vocab_size=max(vocab_size, 4),
@@ -47,6 +56,8 @@ def train(texts: Iterable[str | Path], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
+        if of_text:
+            raise of_text[0] from None
         raise ValueError(_explained(vocab_size, str(error))) from None
     return model.getvalue()
 

@@ -286,6 +286,12 @@ def _train_command(
         directory: Folder to save it in.
         text_column: Where the text of a .jsonl or .parquet record is.
     """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"directory={str(directory)!r} cannot be made ({error.strerror}); take another --directory"
+        ) from None
     found = documents.find_files(DataConfig(files=files, text_column=text_column))
     paths = [path for source in found for path in source]
     texts = (text for path in paths for text, _ in documents.read(path, text_column))

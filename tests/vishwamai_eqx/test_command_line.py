@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+import generate
 import train
 from tests.histories import text
 from vishwamai_eqx import command_line
@@ -59,6 +60,8 @@ REFUSED = [
     ("--run-dir runs/what?", "run_dir='runs/what?': no folder of its path may have ? in its name"),
     ("--data nowhere/*.txt", "data.files='nowhere/*.txt'"),
     ("--tokenizer nowhere.model", "nowhere.model"),
+    ("--data a.txt --data b.txt", "--data is given twice; give all its values after one of them."),
+    ("--processes.count 2", "processes.count=2 means nothing without processes.address; give it HOST:PORT, or auto."),
 ]
 
 
@@ -68,6 +71,16 @@ def test_refusals_are_sentences_and_exit_code_2(arguments, sentence, tmp_path, c
     monkeypatch.setattr(train, "make_step", None)  # nothing gets that far
     assert train.main(arguments.split()) == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", [train, generate])
+def test_help_fits_a_terminal_and_keeps_its_examples_apart(program, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert ended.value.code == 0 and max(map(len, lines)) <= 80
+    assert sum(line.startswith("    python ") for line in lines) >= 2
 
 
 def refused(arguments, capsys):

@@ -203,6 +203,16 @@ def test_a_file_that_changes_is_refused_by_name(folder, tmp_path, change):
     assert next(iter(corpus.blocks(8))).document == 8
 
 
+def test_a_file_with_its_old_size_and_time_is_read_anew_by_the_next_start(folder, tmp_path):
+    path = folder / "07.txt"
+    corpus, content, status = load(folder, tmp_path / "cache"), path.read_text(), path.stat()
+    path.write_text(content[::-1])
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = load(folder, tmp_path / "cache")
+    assert again.fingerprint != corpus.fingerprint
+    assert sum(block.last for block in again.blocks()) == len(again.sizes)
+
+
 @pytest.mark.parametrize("lines", [slice(0, 5), slice(0, 9)])
 def test_records_that_come_or_go_are_noticed(tmp_path, lines):
     records = [f'{{"text": "{prose(index, 10)}"}}\n' for index in range(9)]

@@ -146,6 +146,19 @@ def test_a_file_belongs_to_the_first_glob_that_matches(tmp_path):
     assert [[path.name for path in source] for source in found] == [["a.txt"], ["b.txt", "c.txt"]]
 
 
+def test_a_file_of_several_names_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("folder/a.txt", "folder/b.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "folder" / "again.txt").symlink_to("b.txt")
+    (tmp_path / "other").symlink_to("folder")
+    found = documents.find_files(DataConfig(files=("folder/*.txt", f"{tmp_path}/**/*.txt")))
+    assert [[path.name for path in source] for source in found] == [["a.txt", "again.txt"], ["c.txt"]]
+    with pytest.raises(ValueError, match="earlier globs match all of its files"):
+        documents.find_files(DataConfig(files=("./folder/*.txt", "other/*.txt")))
+
+
 def test_the_standard_library_is_there_without_tests_or_tables():
     (files,) = documents.find_files(DataConfig())
     assert 5e6 < sum(path.stat().st_size for path in files) < 30e6

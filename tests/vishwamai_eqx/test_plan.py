@@ -132,3 +132,6 @@ def test_what_the_compiler_says_it_needs_is_read():
     )
     assert aot.exhausted(said) == round(20.71 * 2**30)
     assert aot.exhausted("INVALID_ARGUMENT: no such thing") is None
+    assert (
+        aot.exhausted("RESOURCE_EXHAUSTED: Ran out of memory in memory space smem. Used 49.1K of 16.0K smem.") is None
+    )

@@ -12,7 +12,8 @@ from pathlib import Path
 import duckdb
 import pytest
 
-from vishwamai_eqx import data
+from vishwamai_eqx import cache, data
+from vishwamai_eqx import tokenizer as tokenizer_commands
 from vishwamai_eqx.cache import cache_folder
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
@@ -140,6 +141,21 @@ def a_json_line_without_the_column(folder):
 @refusal
 def a_json_line_whose_text_is_null(folder):
     written(folder, "lines.jsonl", '{"text": "a"}\n{"text": null}\n')
+
+
+@refusal
+def a_json_line_whose_text_is_a_number(folder):
+    written(folder, "lines.jsonl", '{"text": "a"}\n{"text": 1.50}\n')
+
+
+@refusal
+def a_json_line_whose_text_is_an_object(folder):
+    written(folder, "lines.jsonl", '{"text": {"text": "a"}}\n')
+
+
+@refusal
+def a_file_of_records_whose_name_is_no_text(folder):
+    written(folder, os.fsdecode(b"\xff.jsonl"), '{"text": "a"}\n')
 
 
 @refusal
@@ -281,6 +297,31 @@ def a_file_that_went_away(folder):
 
 
 @refusal
+def a_file_that_changed_before_a_vocabulary_is_learned(folder):
+    documents(folder)
+    corpus = load(folder, "*.txt", held_out_share=0.2)
+    for path in folder.glob("*.txt"):
+        path.write_text("something else")
+    VishwamAITokenizer.train(corpus.training_text(1 << 20), 300, folder / "tokenizer")
+
+
+@refusal
+def a_part_of_the_cache_that_is_another_user_s(folder):
+    documents(folder)
+    original = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self.name == "lock":
+            raise PermissionError(13, "Permission denied")
+        return original(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        with cache.locked(folder / "index"):
+            pass
+
+
+@refusal
 def no_tokenizer_there(folder):
     VishwamAITokenizer(folder / "nowhere")
 
@@ -385,6 +426,13 @@ def a_vocabulary_from_spaces(folder):
 @refusal
 def a_vocabulary_from_zero_characters(folder):
     VishwamAITokenizer.train(["\0\0\n\0"] * 20, 300, folder)
+
+
+@refusal
+def a_folder_for_a_vocabulary_that_is_a_file(folder):
+    documents(folder)
+    (folder / "tokenizer").write_text("in the way")
+    tokenizer_commands._train_command((f"{folder}/*.txt",), vocab_size=300, directory=folder / "tokenizer")
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -58,26 +58,26 @@ def test_what_was_cut_short_goes_on(folder, tmp_path, damage):
     corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
     whole = tokenize(corpus, tokenizer, tmp_path)
     expected = np.array(whole.tokens)
-    (tokens,), (ends,) = tmp_path.glob("tokens/*/tokens.uint16"), tmp_path.glob("tokens/*/ends.int64")
-    kept = {"tokens beyond the ends": (None, 80), "half an end": (None, 85), "ends beyond the tokens": (5000, None)}
+    (tokens,), (ends,) = tmp_path.glob("tokens/*/tokens.uint16"), tmp_path.glob("tokens/*/ends")
+    kept = {"tokens beyond the ends": (None, 160), "half an end": (None, 165), "ends beyond the tokens": (5000, None)}
     tokens_size, ends_size = kept.get(damage, (0, 0))
     tokens.write_bytes(tokens.read_bytes()[:tokens_size])
     ends.write_bytes(ends.read_bytes()[:ends_size])
     np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, expected)
-    assert ends.stat().st_size == 8 * len(corpus.sizes)
+    assert ends.stat().st_size == 16 * len(corpus.sizes)
 
 
 @pytest.mark.parametrize("damage", ["an end is noise", "ends are zeros", "ends of more documents", "a folder"])
 def test_damage_is_thrown_away_with_what_follows_it(folder, tmp_path, damage):
     corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
     expected = np.array(tokenize(corpus, tokenizer, tmp_path).tokens)
-    (tokens,), (ends,) = tmp_path.glob("tokens/*/tokens.uint16"), tmp_path.glob("tokens/*/ends.int64")
+    (tokens,), (ends,) = tmp_path.glob("tokens/*/tokens.uint16"), tmp_path.glob("tokens/*/ends")
     content = ends.read_bytes()
     for noise in (-(1 << 63), -1, 1, (1 << 63) - 1) if damage == "an end is noise" else (0,):
         kept = {
-            "an end is noise": content[:80] + noise.to_bytes(8, "little", signed=True) + content[88:],
-            "ends are zeros": content[:80] + bytes(len(content) - 80),
-            "ends of more documents": content + content[-8:],
+            "an end is noise": content[:160] + noise.to_bytes(8, "little", signed=True) + content[168:],
+            "ends are zeros": content[:160] + bytes(len(content) - 160),
+            "ends of more documents": content + content[-16:],
         }
         for path in (tokens, ends):
             if damage == "a folder":
@@ -87,6 +87,19 @@ def test_damage_is_thrown_away_with_what_follows_it(folder, tmp_path, damage):
                 path.write_bytes(kept[damage])
         np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, expected)
         assert ends.read_bytes() == content
+
+
+def test_ids_that_are_not_those_written_are_made_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "SUMMED", 1000)
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    expected = np.array(tokenize(corpus, tokenizer, tmp_path).tokens)
+    (tokens,) = tmp_path.glob("tokens/*/tokens.uint16")
+    content = tokens.read_bytes()
+    for position in (0, len(content) // 2, len(content) - 1):
+        flipped = bytearray(content)
+        flipped[position] ^= 4
+        tokens.write_bytes(flipped)
+        np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, expected)
 
 
 KILLED = """
@@ -114,13 +127,13 @@ def test_a_killed_tokenization_resumes(folder, tmp_path, monkeypatch):
     command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "killed"), str(TOKENIZER)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     deadline = time.monotonic() + 120
-    while not any(path.stat().st_size for path in tmp_path.glob("killed/tokens/*/ends.int64")):
+    while not any(path.stat().st_size for path in tmp_path.glob("killed/tokens/*/ends")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    (ends,) = tmp_path.glob("killed/tokens/*/ends.int64")
-    done = ends.stat().st_size // 8
+    (ends,) = tmp_path.glob("killed/tokens/*/ends")
+    done = ends.stat().st_size // 16
     assert 0 < done < 40
 
     read = []
@@ -149,7 +162,7 @@ def test_an_interrupted_write_leaves_whole_documents(folder, tmp_path, monkeypat
             tokenize(corpus, tokenizer, tmp_path)
     finally:
         path.write_bytes(content)
-    (ends,) = tmp_path.glob("tokens/*/ends.int64")
-    assert 20 < ends.stat().st_size // 8 <= 30
+    (ends,) = tmp_path.glob("tokens/*/ends")
+    assert 20 < ends.stat().st_size // 16 <= 30
     stream = tokenize(corpus, tokenizer, tmp_path)
     assert tokenizer.decode(stream.tokens[stream.starts[30] : stream.ends[30]]) == content.decode()
