@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Bytes of a file at most, when written.
 SHARD_BYTES = 4 * 1024**3
-# Rows that are transposed at a time: all at once, every number written is a line of the cache that is fetched anew.
-_TRANSPOSED_ROWS = 128
+# What is transposed at a time: all at once, every number written is a line of the cache that is fetched anew. And the
+# numbers more that a row of it takes: where rows are a power of two apart, the lines of a column drive each other out.
+_ROWS, _COLUMNS, _APART = 128, 2048, 32
 _READERS = 4
 # Of a model that also sees: the text model's names come after one of these, and the others are not read.
 _PREFIXES = ("language_model.", "model.language_model.")
@@ -172,20 +174,32 @@ def _part(
     ranges = [range(size)[part] for size, part in zip(shape, index, strict=True)]
     names = [origin.names[i] for i in ranges[0]] if origin.stacked else origin.names
     inner = tuple(slice(each.start, each.stop) for each in (ranges[1:] if origin.stacked else ranges))
-    part = np.empty([len(each) for each in ranges], dtype)
+    part = _empty([len(each) for each in ranges], dtype)
 
     def fill(place: np.ndarray, name: str) -> None:
         if not origin.transposed:
             place[...] = weights.slice(name, inner)
             return
-        tensor = weights.slice(name, inner[::-1])
-        for start in range(0, len(tensor), _TRANSPOSED_ROWS):
-            rows = slice(start, start + _TRANSPOSED_ROWS)
-            place[:, rows] = tensor[rows].T
+        columns, rows = (range(size)[part] for size, part in zip(shape[-2:], inner, strict=True))
+        tile = np.empty((_ROWS, _COLUMNS + _APART), dtype)
+        for i in range(0, len(rows), _ROWS):
+            for j in range(0, len(columns), _COLUMNS):
+                here = rows[i : i + _ROWS], columns[j : j + _COLUMNS]
+                part = tile[: len(here[0]), : len(here[1])]
+                part[...] = weights.slice(name, tuple(slice(each.start, each.stop) for each in here))
+                place[j : j + _COLUMNS, i : i + _ROWS] = part.T
 
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(fill, part if origin.stacked else [part], names))
     return part
+
+
+def _empty(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Memory that begins where a line of the cache does: such an array the CPU's devices take over without a copy."""
+    size, line = math.prod(shape) * dtype.itemsize, 64
+    memory = np.empty(size + line, np.uint8)
+    begin = -memory.ctypes.data % line
+    return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
 def write(folder: Path, tree: Any, sources: Any, description: Mapping[str, Any]) -> None:

@@ -60,7 +60,7 @@ def status(name: str) -> int:
 
 
 def measure(folder: Path, how: str) -> dict[str, float]:
-    """Seconds and peak memory of reading the files, or of loading the model."""
+    """Seconds and peak memory of reading the files, of keeping what is read, or of loading the model."""
     before = status("RssAnon")
     peak, over = [0], threading.Event()
 
@@ -77,6 +77,10 @@ def measure(folder: Path, how: str) -> dict[str, float]:
                 buffer = bytearray(1 << 24)
                 while handle.readinto(buffer):
                     pass
+    elif how == "keep":
+        # As little as any loader can do: bytes in memory that was not this process's before.
+        kept = [np.fromfile(file, np.uint8) for file in sorted(folder.glob("*.safetensors"))]
+        assert sum(each.nbytes for each in kept) > 1e9
     else:
         jax.block_until_ready(gemma.load(folder, ml_dtypes.bfloat16))
     seconds = time.perf_counter() - began
@@ -95,10 +99,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         total, results = make(Path(name)), {}
         slices = jax.eval_shape(lambda: gemma.Decoder(CONFIG, key=jax.random.key(0)))
-        for how in ("read", "load", "read", "load"):
+        for how in ("read", "keep", "load") * 3:
             command = [sys.executable, "-m", "tests.studies.gemma_loading", "--of", name, how]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results[how] = json.loads(done.stdout)
+            found = json.loads(done.stdout)
+            # Of several the fastest: how long memory takes that no process had before is the machine's affair.
+            results[how] = min(found, results.get(how, found), key=lambda result: result["seconds"])
     largest = 2 * max(leaf.size for leaf in jax.tree.leaves(slices))
     results |= {"folder_bytes": total, "largest_array_bytes": largest}
     results |= {"code": code_version(), "date": datetime.date.today().isoformat()}
