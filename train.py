@@ -234,6 +234,7 @@ def set_up(config: Config) -> Setup:
             run.make_tokenizer(config, corpus)
     with processes.together():
         tokenizer = run.tokenizer_of(config.run_dir, config)
+        checkpoint.check_origin(config.run_dir / "checkpoints", {"tokenizer": tokenizer.fingerprint})
     mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
     step, (abstract, batch) = abstract_step(config, mesh, dtype)

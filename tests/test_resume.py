@@ -1,6 +1,7 @@
 """A run that was killed comes back with the numbers it would have had: to the last bit, or on another mesh to 1e-9."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.small import MIXED, random_batch, small
 from vishwamai_eqx import data, optim, state
 from vishwamai_eqx.checkpoint import Checkpoints, steps
 from vishwamai_eqx.mesh import make_mesh
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 MESHES = ["data=1", "data=2,expert=2,model=2"]
 
@@ -91,6 +93,21 @@ def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):
     assert (run_dir / "config.json").read_text() == settings
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "fingerprint" in line]
     assert "have changed in mid-run; put them back, or take another --run-dir" in sentence
+
+
+def test_an_exchanged_tokenizer_is_refused_before_the_text_is_tokenized_with_it(
+    tmp_path, corpus, killed, capsys, monkeypatch
+):
+    run_dir, process = killed["data=1"]
+    process.wait(500)
+    copied = tmp_path / "run"
+    shutil.copytree(run_dir, copied)
+    VishwamAITokenizer.train(["other words make other pieces of the same number"] * 9, 283, tmp_path / "other")
+    monkeypatch.setattr(train.run, "fits", lambda *_: True)
+    shutil.copytree(tmp_path / "other", copied / "tokenizer", dirs_exist_ok=True)
+    monkeypatch.setattr(train.data, "prepare", lambda *_, **__: pytest.fail("the text is tokenized"))
+    assert train.main(arguments(copied, corpus, "data=1")) == 2
+    assert "the run's tokenizer has been exchanged; put its own back" in capsys.readouterr().err
 
 
 def test_another_mesh_goes_on_with_the_same_batches(tmp_path):

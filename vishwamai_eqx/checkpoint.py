@@ -325,6 +325,18 @@ def read(
     raise ValueError(f"directory={str(directory)!r} must have a good checkpoint{which}")
 
 
+def check_origin(directory: Path, fingerprints: Mapping[str, str]) -> None:
+    """Refuse, as `restore` would, what the newest checkpoint has not learned from; nothing of its state is read."""
+    for newest in sorted(steps(directory))[-1:]:
+        folder = directory / str(newest)
+        try:
+            about = manifest.read(folder)
+        except (manifest.DamagedError, OSError):
+            # Which is the last good one is for `restore` to find.
+            return
+        _same_origin(folder, about, fingerprints)
+
+
 def steps(directory: Path) -> list[int]:
     """The steps that a directory has checkpoints of, in no order, good or not."""
     names = os.listdir(directory) if directory.is_dir() else ()

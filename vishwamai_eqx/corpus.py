@@ -100,7 +100,7 @@ def load_documents(data: DataConfig, seed: int = 0, cache_dir: Path | None = Non
     """Find the documents, read each once, or find that done, and choose those that are held out."""
     if not 0 < data.held_out_share < 1:
         raise ValueError(f"data.held_out_share={data.held_out_share}: give a share between 0 and 1, such as 0.05")
-    if data.weights and (len(data.weights) != len(data.files) or min(data.weights) <= 0):
+    if data.weights and (len(data.weights) != len(data.files) or not all(0 < w < np.inf for w in data.weights)):
         raise ValueError(
             f"data.weights={data.weights}: give a number above 0 for each of the {len(data.files)} globs of data.files"
         )

@@ -36,7 +36,9 @@ def find_files(data: DataConfig) -> list[list[Path]]:
     seen: set[tuple[int, int]] = set()
     sources = []
     for pattern in data.files:
-        matches = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        # What a shell has made of a pattern is no pattern, whatever the file is called.
+        names = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+        matches = sorted(name for name in names if os.path.isfile(name))
         if not matches:
             raise ValueError(f"data.files={pattern!r}: no file matches; give a glob of files that are there")
         for name in matches:
@@ -223,6 +225,7 @@ def _bad_line(path: Path, text_column: str) -> str | None:
                     return f"{path}, line {number}: no text in column {text_column!r}; mend or remove the line"
                 if not isinstance(record, dict) or text_column not in record:
                     has = ", ".join(map(repr, record)) if isinstance(record, dict) else f"a {type(record).__name__}"
+                    has = has or "nothing"
                     return (
                         f"{path}, line {number}: no column {text_column!r} (it has {has}); "
                         "set data.text_column or mend the line"

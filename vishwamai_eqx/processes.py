@@ -92,7 +92,8 @@ def primary() -> bool:
 def together() -> Iterator[None]:
     """A block that every process does, and in which none waits for another: a refusal in one is one in all.
 
-    **Raises** ValueError in all of them with the sentence of the first that had one.
+    What cannot be read or written is refused too. **Raises** ValueError in all of them with the sentence of the first
+    that had one.
     """
     refusal = None
     try:
@@ -101,6 +102,9 @@ def together() -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         refusal = str(error)
+    except OSError as error:
+        where = error.filename or "what a run reads and writes before it begins"
+        refusal = f"{where}: {error.strerror or error}; mend that and start again"
     for number, theirs in enumerate(_tell(refusal or "")):
         if theirs:
             raise ValueError(refusal if theirs == refusal else f"process {number}: {theirs}")

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -287,10 +288,12 @@ def _train_command(
         text_column: Where the text of a .jsonl or .parquet record is.
     """
     try:
+        # Before the work whose fruit it is to hold.
         directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise ValueError(
-            f"directory={str(directory)!r} cannot be made ({error.strerror}); take another --directory"
+            f"directory={str(directory)!r} cannot be written ({error.strerror}); take another --directory"
         ) from None
     found = documents.find_files(DataConfig(files=files, text_column=text_column))
     paths = [path for source in found for path in source]

@@ -26,7 +26,8 @@ def write_corpus(path: Path, megabytes: int) -> None:
     vocabulary = np.array(["".join(rng.choice(letters, int(rng.integers(2, 10)))) for _ in range(WORDS)])
     with path.open("w") as file:
         while file.tell() < megabytes * 10**6:
-            chosen = vocabulary[np.minimum(rng.zipf(1.15, int(rng.lognormal(5.5, 0.8)) + 5), WORDS) - 1]
+            # A fifth of what Zipf's law draws is beyond the vocabulary, and goes to all of its words alike.
+            chosen = vocabulary[(rng.zipf(1.15, int(rng.lognormal(5.5, 0.8)) + 5) - 1) % WORDS]
             lines = [" ".join(chosen[at : at + 14]) for at in range(0, len(chosen), 14)]
             file.write(json.dumps({"text": "\n".join(lines)}) + "\n")
 

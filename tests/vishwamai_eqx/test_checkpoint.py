@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from vishwamai_eqx import checkpoint, manifest
-from vishwamai_eqx.checkpoint import Checkpoints, read, steps
+from vishwamai_eqx.checkpoint import Checkpoints, check_origin, read, steps
 
 
 class Model(eqx.Module):
@@ -212,6 +212,13 @@ def test_what_it_did_not_learn_from_is_refused(opened, tmp_path, name, fix):
     assert int(read(tmp_path / "checkpoints", abstract(state(0)), fingerprints={name: "0123"}).step) == 1
     with pytest.raises(ValueError, match=changed):
         read(tmp_path / "checkpoints", abstract(state(0)), fingerprints={name: "4567"})
+    # And without reading the state; which checkpoint is a good one is another question.
+    check_origin(tmp_path / "nowhere", {name: "4567"})
+    check_origin(tmp_path / "checkpoints", {name: "0123"})
+    with pytest.raises(ValueError, match=changed):
+        check_origin(tmp_path / "checkpoints", {name: "4567"})
+    (tmp_path / "checkpoints" / "1" / "manifest.json").write_text("{}")
+    check_origin(tmp_path / "checkpoints", {name: "4567"})
 
 
 @pytest.mark.parametrize("leaf", [1, 2.5, np.ones(3)])

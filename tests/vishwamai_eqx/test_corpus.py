@@ -1,5 +1,6 @@
 """The corpus: split by content, copies and near-copies on one side, read once, and known when it changes."""
 
+import json
 import os
 import random
 import shutil
@@ -201,6 +202,15 @@ def test_a_file_that_changes_is_refused_by_name(folder, tmp_path, change):
         list(corpus.blocks())
     # The documents before it are not in question.
     assert next(iter(corpus.blocks(8))).document == 8
+
+
+def test_another_column_of_the_same_file_is_another_text(tmp_path):
+    lines = [json.dumps({"text": f"text {n}" * 9, "body": f"body {n}" * 9}) for n in range(20)]
+    (tmp_path / "records.jsonl").write_text("\n".join(lines))
+    files = (str(tmp_path / "records.jsonl"),)
+    for column in ("text", "body"):
+        corpus = load_documents(DataConfig(files=files, text_column=column, held_out_share=0.2), 0, tmp_path / "cache")
+        assert {block.text[:4] for block in corpus.blocks()} == {column}
 
 
 def test_a_file_with_its_old_size_and_time_is_read_anew_by_the_next_start(folder, tmp_path):

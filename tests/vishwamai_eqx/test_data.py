@@ -92,6 +92,17 @@ def test_an_epoch_shows_every_training_row_once_and_the_next_another_order(datas
     assert dataset.batches_per_epoch == len(rows) / 4
 
 
+def test_held_out_rows_come_in_an_order_of_their_own(dataset):
+    """A few of them are a sample of all documents, not the first ones."""
+    starts = dataset.held_out_rows.start[dataset.held_out_rows.first[:-1]]
+    assert len(starts) > 20 and (np.diff(starts) < 0).sum() > len(starts) / 4
+
+
+def test_another_choice_of_what_is_held_out_is_another_data_set(dataset, corpus, tokenizer, cache):
+    other = dataclasses.replace(corpus, held_out=np.roll(corpus.held_out, 1))
+    assert prepare(other, tokenizer, cache).fingerprint != dataset.fingerprint
+
+
 def test_a_batch_is_a_function_of_seed_and_number(dataset, corpus, tokenizer, cache):
     """In any order, from any thread, after any restart."""
     hashes = [data.batch_hash(dataset.batch(n)) for n in range(40)]

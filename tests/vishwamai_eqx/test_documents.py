@@ -146,6 +146,13 @@ def test_a_file_belongs_to_the_first_glob_that_matches(tmp_path):
     assert [[path.name for path in source] for source in found] == [["a.txt"], ["b.txt", "c.txt"]]
 
 
+def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path):
+    for name in ("br[1].txt", "br1.txt"):
+        (tmp_path / name).write_text(name)
+    (found,) = documents.find_files(DataConfig(files=(f"{tmp_path}/br[1].txt",)))
+    assert [path.name for path in found] == ["br[1].txt"]
+
+
 def test_a_file_of_several_names_is_read_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("folder/a.txt", "folder/b.txt", "c.txt"):

@@ -66,6 +66,13 @@ def test_a_refusal_in_one_is_one_in_all(second_of_two):
         raise ValueError("mine")
 
 
+def test_what_cannot_be_read_or_written_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: No such file or directory; mend that"), processes.together():
+        (tmp_path / "nowhere").open()
+    with pytest.raises(ValueError, match=r"reads and writes .*: No space left on device; mend"), processes.together():
+        raise OSError(28, "No space left on device")
+
+
 def test_processes_that_are_not_alike_are_told_in_what(second_of_two):
     second_of_two += ['{"seed": 0, "model": {"num_layers": 2, "window": 5}}'] * 2
     processes.require_same({"seed": 0, "model": {"num_layers": 2, "window": 5}})

@@ -1,5 +1,6 @@
 """The token cache: the corpus's ids, made once, and gone on with after a kill."""
 
+import fcntl
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vishwamai_eqx import documents, token_cache
+from vishwamai_eqx import cache, documents, token_cache
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.corpus import load_documents
 from vishwamai_eqx.token_cache import tokenize
@@ -87,6 +88,38 @@ def test_damage_is_thrown_away_with_what_follows_it(folder, tmp_path, damage):
                 path.write_bytes(kept[damage])
         np.testing.assert_array_equal(tokenize(corpus, tokenizer, tmp_path).tokens, expected)
         assert ends.read_bytes() == content
+
+
+class Large(VishwamAITokenizer):
+    """As if of 131,072 pieces, the last of them the most used."""
+
+    def __init__(self, path):
+        super().__init__(path)
+        self.vocab_size = 131_072
+
+    @property
+    def fingerprint(self):
+        return "large"
+
+    def encode_batch(self, texts):
+        return [ids + 129_000 for ids in super().encode_batch(texts)]
+
+
+def test_each_vocabulary_has_ids_of_its_own_however_large_they_are(folder, tmp_path):
+    corpus, small, large = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER), Large(TOKENIZER)
+    ids, more = np.array(tokenize(corpus, small, tmp_path).tokens), tokenize(corpus, large, tmp_path).tokens
+    marks = np.isin(ids, [small.bos_id, small.eos_id])
+    np.testing.assert_array_equal(more, np.where(marks, ids, ids.astype(np.int64) + 129_000))
+    other = VishwamAITokenizer(TOKENIZER, bos_token="[EOS]")
+    assert tokenize(corpus, other, tmp_path).tokens[0] == small.eos_id
+
+
+def test_one_process_at_a_time_writes(tmp_path):
+    now = fcntl.LOCK_EX | fcntl.LOCK_NB
+    with cache.locked(tmp_path), (tmp_path / "lock").open() as second, pytest.raises(BlockingIOError):
+        fcntl.flock(second, now)
+    with (tmp_path / "lock").open() as second:
+        fcntl.flock(second, now)
 
 
 def test_ids_that_are_not_those_written_are_made_again(folder, tmp_path, monkeypatch):
