@@ -90,28 +90,30 @@ def test_damage_is_thrown_away_with_what_follows_it(folder, tmp_path, damage):
         assert ends.read_bytes() == content
 
 
-class Large(VishwamAITokenizer):
-    """As if of 131,072 pieces, the last of them the most used."""
+class Shifted(VishwamAITokenizer):
+    """One whose ids are others, perhaps as large as those of 131,072 pieces."""
 
-    def __init__(self, path):
+    def __init__(self, path, by):
         super().__init__(path)
-        self.vocab_size = 131_072
+        self.by, self.vocab_size = by, self.vocab_size + by
 
     @property
     def fingerprint(self):
-        return "large"
+        return str(self.by)
 
     def encode_batch(self, texts):
-        return [ids + 129_000 for ids in super().encode_batch(texts)]
+        return [ids + self.by for ids in super().encode_batch(texts)]
 
 
-def test_each_vocabulary_has_ids_of_its_own_however_large_they_are(folder, tmp_path):
-    corpus, small, large = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER), Large(TOKENIZER)
-    ids, more = np.array(tokenize(corpus, small, tmp_path).tokens), tokenize(corpus, large, tmp_path).tokens
-    marks = np.isin(ids, [small.bos_id, small.eos_id])
-    np.testing.assert_array_equal(more, np.where(marks, ids, ids.astype(np.int64) + 129_000))
+@pytest.mark.parametrize("by", [7, 129_000])
+def test_each_vocabulary_has_ids_of_its_own_however_large_they_are(folder, tmp_path, by):
+    corpus, tokenizer = load(folder, tmp_path), VishwamAITokenizer(TOKENIZER)
+    ids = np.array(tokenize(corpus, tokenizer, tmp_path).tokens).astype(np.int64)
+    others = tokenize(corpus, Shifted(TOKENIZER, by), tmp_path).tokens
+    marks = np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])
+    np.testing.assert_array_equal(others, np.where(marks, ids, ids + by))
     other = VishwamAITokenizer(TOKENIZER, bos_token="[EOS]")
-    assert tokenize(corpus, other, tmp_path).tokens[0] == small.eos_id
+    assert tokenize(corpus, other, tmp_path).tokens[0] == tokenizer.eos_id
 
 
 def test_one_process_at_a_time_writes(tmp_path):
