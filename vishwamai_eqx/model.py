@@ -15,6 +15,12 @@ from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
 from vishwamai_eqx.nonfinite import TAP, tap
 
+# The logit that a tied head would begin with for the token that was just read, did no branch add to the stream: what
+# grows with the width otherwise, to 80 at 4096. The loss begins at ln(vocabulary) with it (after 2203.03466).
+FIRST_LOGIT = 2.56
+# How large an embedded token is in the residual stream, whatever the embedding: much less, and the branches drown it.
+# With 0.02 in its stead preset tiny needed three times the tokens for the same loss.
+EMBEDDED = 0.02 * math.sqrt(128)
 # What the forward pass leaves for backward; "none" leaves all there is.
 _TAPS = jax.checkpoint_policies.save_only_these_names(TAP)
 REMAT = {
@@ -133,8 +139,7 @@ class VishwamAI(eqx.Module):
                 else GatedMLP(hidden_size, ffn_dim, residual_gain=residual_gain, key=experts_key),
             )
 
-        # So small that with a tied head the first logits do not all point at the token that was just read.
-        std = 0.02
+        std = FIRST_LOGIT / hidden_size
         self.embedding = Embedding(vocab_size, hidden_size, std=std, key=embedding_key)
         self.blocks = eqx.filter_vmap(block)(jax.random.split(blocks_key, num_layers))
         self.norm = TPULayerNorm(hidden_size)
@@ -170,9 +175,7 @@ class VishwamAI(eqx.Module):
         dtype = jnp.dtype(self.compute_dtype)
         with jax.named_scope("embedding"):
             embedding = gather(self.embedding, placement and placement.embedding, dtype)
-            # The head wants a small embedding and the residual stream one that the branches do not drown: without the
-            # factor (2403.08295) preset tiny needed three times the tokens for the same loss.
-            x = embedding(tokens) * jnp.asarray(math.sqrt(embedding.weight.shape[1]), dtype)
+            x = embedding(tokens) * jnp.asarray(EMBEDDED / FIRST_LOGIT * embedding.weight.shape[1], dtype)
         if probes is not None:
             x = tap(x, probes[0])
 

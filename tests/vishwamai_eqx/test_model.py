@@ -141,6 +141,21 @@ def test_greedy_generation_with_the_cache_is_that_of_full_passes(pattern, heads,
         np.testing.assert_allclose(predicted[np.arange(10), new], best, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("width", [32, 128, 768, 2048])
+def test_the_loss_begins_at_that_of_a_guess_whatever_the_width(width, tied):
+    """Of tokens that come again as words do, each as often the next one's as its own, and of tokens that hardly do."""
+    vocab = 2048
+    settings = {"num_heads": width // 16, "num_kv_heads": 1, "num_experts": 1, "ffn_dim": 64, "tie_embeddings": tied}
+    config = small(vocab_size=vocab, hidden_size=width, **settings)
+    model = jax.jit(lambda key: build(config, "float32", key))(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    for tokens in (rng.integers(4, vocab, (4, 65)), rng.zipf(1.3, (4, 65)) % vocab):
+        logits = model.head(model(jnp.asarray(tokens[:, :-1]))[0])
+        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1).mean()
+        assert abs(nll / math.log(vocab) - 1) < 0.02
+
+
 def test_dropout_is_on_with_a_key_only():
     model, rows = model_of("full", dropout_rate=0.3), batch()
     call = jax.jit(
