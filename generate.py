@@ -122,15 +122,25 @@ def generate(settings: Settings, sampling: decode.Sampling, writer: Writer) -> N
             print(f"--- {number}\n{prompt}{visible(text.shown)}")
 
 
+def checked(settings: Settings) -> decode.Sampling:
+    """How to draw; ValueError with a line for each setting that is impossible."""
+    mistakes = []
+    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        if not least <= (value := getattr(settings, name)) < 2**31:
+            mistakes.append(f"{name}={value} must be at least {least} and below 2**31; take {least}.")
+    try:
+        sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
+    except ValueError as error:
+        raise ValueError("\n".join([*mistakes, str(error)])) from None
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
+    return sampling
+
+
 def main(argv: list[str]) -> int:
     try:
         settings = command_line.parse_settings(Settings, argv, Settings(), __doc__)
-        sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
-        for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
-            if not least <= getattr(settings, name) < 2**31:
-                value = getattr(settings, name)
-                raise ValueError(f"{name}={value} must be at least {least} and below 2**31; take {least}.")
-        generate(settings, sampling, load(settings))
+        generate(settings, checked(settings), load(settings))
     except ValueError as refusal:
         print(refusal, file=sys.stderr)
         return 2

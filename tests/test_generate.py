@@ -125,6 +125,13 @@ def test_an_exchanged_tokenizer_is_refused(run_dir, exported, tmp_path, pieces, 
         assert "the run's tokenizer has been exchanged; put its own back" in capsys.readouterr().err
 
 
+def test_all_mistakes_at_once(capsys):
+    given = {"temperature": -1.0, "top_k": -1, "top_p": 2.0, "num_samples": 0, "max_new_tokens": 0, "seed": -1}
+    assert generate.main([f"--{name.replace('_', '-')}={value}" for name, value in given.items()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert {line.partition(" must be ")[0] for line in lines} == {f"{name}={value}" for name, value in given.items()}
+
+
 @pytest.mark.parametrize("seed", [-1, 2**31])
 def test_a_seed_that_another_would_repeat_is_refused(seed, capsys):
     assert generate.main(["--prompt", "abc", f"--seed={seed}"]) == 2

@@ -56,14 +56,17 @@ class Sampling:
     """Only the fewest most likely tokens whose probability reaches p are drawn (1904.09751)."""
 
     def __post_init__(self) -> None:
+        problems = []
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(
+            problems.append(
                 f"temperature={self.temperature} must be at least 0 and finite; 0 is greedy, 1 the model's own."
             )
         if not 0 <= self.top_k < 2**31:
-            raise ValueError(f"top_k={self.top_k} must be at least 0 and below 2**31; 0 draws from all tokens.")
+            problems.append(f"top_k={self.top_k} must be at least 0 and below 2**31; 0 draws from all tokens.")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1; 1 draws from all tokens.")
+            problems.append(f"top_p={self.top_p} must be above 0 and at most 1; 1 draws from all tokens.")
+        if problems:
+            raise ValueError("\n".join(problems))
 
 
 class Rows(eqx.Module):

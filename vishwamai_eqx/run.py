@@ -64,9 +64,9 @@ def make_tokenizer(config: Config, corpus: Corpus) -> None:
     # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
     if read_config(config.run_dir) is not None:
         return
+    tokenizer = None if config.tokenizer is None else VishwamAITokenizer(config.tokenizer)
     make_run_dir(config.run_dir)
-    if config.tokenizer is not None:
-        tokenizer = VishwamAITokenizer(config.tokenizer)
+    if tokenizer is not None:
         tokenizer.save(folder)
     else:
         text = corpus.training_text(ENOUGH_BYTES)
