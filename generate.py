@@ -125,9 +125,11 @@ def generate(settings: Settings, sampling: decode.Sampling, writer: Writer) -> N
 def checked(settings: Settings) -> decode.Sampling:
     """How to draw; ValueError with a line for each setting that is impossible."""
     mistakes = []
-    for name, least in (("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
-        if not least <= (value := getattr(settings, name)) < 2**31:
-            mistakes.append(f"{name}={value} must be at least {least} and below 2**31; take {least}.")
+    # All samples are written side by side, each with a cache of its own.
+    for name, least, most in (("num_samples", 1, 4096), ("max_new_tokens", 1, 2**31 - 1), ("seed", 0, 2**31 - 1)):
+        if not least <= (value := getattr(settings, name)) <= most:
+            nearest = least if value < least else most
+            mistakes.append(f"{name}={value} must be at least {least} and at most {most}; take {nearest}.")
     try:
         sampling = decode.Sampling(settings.temperature, settings.top_k, settings.top_p)
     except ValueError as error:

@@ -132,10 +132,10 @@ def test_all_mistakes_at_once(capsys):
     assert {line.partition(" must be ")[0] for line in lines} == {f"{name}={value}" for name, value in given.items()}
 
 
-@pytest.mark.parametrize("seed", [-1, 2**31])
-def test_a_seed_that_another_would_repeat_is_refused(seed, capsys):
-    assert generate.main(["--prompt", "abc", f"--seed={seed}"]) == 2
-    assert f"seed={seed} must be at least 0 and below 2**31; take 0." in capsys.readouterr().err
+@pytest.mark.parametrize(("name", "value", "nearest"), [("seed", 2**31, 2**31 - 1), ("num-samples", 10**11, 4096)])
+def test_a_seed_that_another_would_repeat_and_more_samples_than_fit_are_refused(name, value, nearest, capsys):
+    assert generate.main(["--prompt", "abc", f"--{name}={value}"]) == 2
+    assert f"at most {nearest}; take {nearest}." in capsys.readouterr().err
 
 
 def test_a_reader_that_leaves_is_no_error_to_speak_of(run_dir):
