@@ -185,9 +185,9 @@ def _part(
         for i in range(0, len(rows), _ROWS):
             for j in range(0, len(columns), _COLUMNS):
                 here = rows[i : i + _ROWS], columns[j : j + _COLUMNS]
-                part = tile[: len(here[0]), : len(here[1])]
-                part[...] = weights.slice(name, tuple(slice(each.start, each.stop) for each in here))
-                place[j : j + _COLUMNS, i : i + _ROWS] = part.T
+                piece = tile[: len(here[0]), : len(here[1])]
+                piece[...] = weights.slice(name, tuple(slice(each.start, each.stop) for each in here))
+                place[j : j + _COLUMNS, i : i + _ROWS] = piece.T
 
     with ThreadPoolExecutor(_READERS) as pool:
         list(pool.map(fill, part if origin.stacked else [part], names))
