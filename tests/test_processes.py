@@ -119,15 +119,15 @@ def test_without_the_first_process_the_second_ends_too(tmp_path, corpus):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("both", "second", "sentence"),
+    ("files", "both", "second", "sentence"),
     [
-        ((), ("--seed=1",), "seed=1 of process 1 must be 0, as process 0 has it; start all alike."),
-        (("--data=nothing/*.txt",), (), "data.files='nothing/*.txt': no file matches"),
-        (("--mesh=data=4",), (), "mesh='data=4' must be of all 8 devices of the 2 processes; take data=8."),
+        (None, (), ("--seed=1",), "seed=1 of process 1 must be 0, as process 0 has it; start all alike."),
+        ("nothing/*.txt", (), (), "data.files='nothing/*.txt': no file matches"),
+        (None, ("--mesh=data=4",), (), "mesh='data=4' must be of all 8 devices of the 2 processes; take data=8."),
     ],
 )
-def test_what_one_refuses_all_refuse(tmp_path, corpus, both, second, sentence):
-    first, other = ended(two(tmp_path / "run", corpus, *both, second=second))
+def test_what_one_refuses_all_refuse(tmp_path, corpus, files, both, second, sentence):
+    first, other = ended(two(tmp_path / "run", files or corpus, *both, second=second))
     assert (first[0], other[0]) == (2, 2), first[2] + other[2]
     for _, _, errors in (first, other):
         assert sentence in errors

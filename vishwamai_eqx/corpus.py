@@ -120,13 +120,21 @@ def load_documents(data: DataConfig, seed: int = 0, cache_dir: Path | None = Non
         )
     per_source = [part.sum() for part in np.split(counts, np.cumsum([len(source) for source in sources])[:-1])]
     digests, sizes = np.ascontiguousarray(documents["digest"]), np.ascontiguousarray(documents["size"])
+    source = np.repeat(np.arange(len(sources), dtype=np.int32), per_source)
+    held_out = choose_held_out(digests, sizes, documents["group"], data.held_out_share, seed)
+    for number, weight in enumerate(data.weights):
+        if held_out[source == number].all():
+            raise ValueError(
+                f"data.files={data.files[number]!r}: all of its documents are held out, so its weight {weight:g} "
+                "has no rows to count; give it more documents or leave out data.weights"
+            )
     return Corpus(
         files=tuple(files),
         first=np.concatenate([[0], np.cumsum(counts)]),
-        source=np.repeat(np.arange(len(sources), dtype=np.int32), per_source),
+        source=source,
         digests=digests,
         sizes=sizes,
-        held_out=choose_held_out(digests, sizes, documents["group"], data.held_out_share, seed),
+        held_out=held_out,
         data=data,
     )
 

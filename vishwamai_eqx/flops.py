@@ -37,17 +37,22 @@ def parameters(config: Config) -> tuple[int, int]:
 
 def keys_seen(config: Config) -> float:
     """Keys that a query sees on average, over the layers too."""
-    model, seen = config.model, config.model.max_seq_len / 2
+    model, length = config.model, config.model.max_seq_len
+
+    def within(window: int) -> float:
+        """Fewer at the beginning of a row, where there is no whole window yet."""
+        window = min(window, length)
+        return window - window * window / (2 * length)
+
     if config.gemma is not None:
-        kinds = config.gemma.layer_types
-        return sum(min(seen, config.gemma.sliding_window) if it == "sliding_attention" else seen for it in kinds) / len(
-            kinds
-        )
+        window, kinds = config.gemma.sliding_window, config.gemma.layer_types
+        return sum(within(window if kind == "sliding_attention" else length) for kind in kinds) / len(kinds)
     if model.attention_pattern == "window":
-        seen = min(seen, model.window)
-    if model.attention_pattern == "blocks":
-        seen = min(seen, 2.5 * model.attention_block)
-    return seen
+        return within(model.window)
+    if model.attention_pattern == "blocks" and length > 2 * model.attention_block:
+        # Half of its own block, the one before and the first; in the first block and the second there is less.
+        return 2.5 * model.attention_block - 3 * model.attention_block**2 / length
+    return length / 2
 
 
 def attended(config: Config) -> float:

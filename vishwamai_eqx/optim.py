@@ -27,7 +27,8 @@ def _schedule(config: OptimConfig) -> optax.Schedule:
     if config.schedule == "cosine":
         fall = optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), config.final_learning_rate_share)
         return optax.join_schedules([rise, fall], [warmup])
-    decay = max(1, round(config.decay_share * config.steps))
+    # A short run that warms up for long falls in what steps are left.
+    decay = max(1, min(round(config.decay_share * config.steps), config.steps - warmup))
     start = max(config.steps - decay, warmup)
     return optax.join_schedules(
         [rise, optax.constant_schedule(peak), optax.linear_schedule(peak, final, decay)], [warmup, start]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.small import small
-from vishwamai_eqx import moe, parameters
+from vishwamai_eqx import layers, moe, parameters
 from vishwamai_eqx.architecture import build
 from vishwamai_eqx.attention import TPUMultiHeadAttention
 from vishwamai_eqx.layers import GatedMLP, TPUGEMMLinear, TPULayerNorm, rotary_angles, rotate
@@ -119,3 +119,12 @@ def test_placement():
     assert spec.blocks.experts.gate == jax.sharding.PartitionSpec(None, None, None, "data")
     assert spec.blocks.attention.query.weight == jax.sharding.PartitionSpec(None, "data")
     assert spec.norm.scale == spec.blocks.experts_norm.scale == jax.sharding.PartitionSpec()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_gradient_of_a_row_is_the_sum_over_all_that_took_it(dtype):
+    """In bf16 a running sum of ones ends at 256."""
+    table, index = jnp.ones((3, 2), dtype), jnp.array([1] * 5000 + [2] * 3 + [-1, 3])
+    gradient = jax.grad(lambda table: layers.take_rows(table, index).astype(jnp.float32).sum())(table)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), [[0, 0], [jnp.asarray(5000, dtype)] * 2, [3, 3]])

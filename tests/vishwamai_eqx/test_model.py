@@ -67,10 +67,11 @@ def test_a_pattern_bounds_what_a_query_sees(pattern, reaches):
         assert (np.abs(after - before).max() > 1e-4) == (changed >= reaches), changed
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
 @few()
 @hypothesis.given(st.integers(0, 1000))
-def test_one_document_never_changes_another_in_its_row(seed):
-    model, rows = model_of("full"), batch(seed=seed)
+def test_one_document_never_changes_another_in_its_row(pattern, seed):
+    model, rows = model_of(pattern), batch(seed=seed)
     other = jnp.where(rows.segment_ids == 2, (rows.tokens + 7) % VOCAB, rows.tokens)
     arguments = rows.segment_ids, rows.positions
     first = (rows.segment_ids == 1)[..., None]
@@ -180,6 +181,20 @@ def test_remat_changes_no_gradient():
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_keys_that_a_query_sees_on_average(pattern):
+    """Against a count of them, which is larger by what a query sees of itself: half a key at most is left out."""
+    for length in (16, 64):
+        config = small(attention_pattern=pattern, max_seq_len=length, window=5, attention_block=4)
+        queries, keys = np.arange(length)[:, None], np.arange(length)
+        seen = keys <= queries
+        if pattern == "window":
+            seen &= queries - keys < 5
+        if pattern == "blocks":
+            seen &= (queries // 4 - keys // 4 <= 1) | (keys < 4)
+        assert 0 <= seen.sum() / length - flops.keys_seen(config) <= 0.5
 
 
 def test_block_pattern():

@@ -28,6 +28,13 @@ def test_schedules(schedule, points):
         np.testing.assert_allclose(rate(step), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(60, 40), (60, 59), (20, 3)])
+def test_a_short_run_ends_at_its_last_rate_too(steps, warmup):
+    settings = {"schedule": "wsd", "steps": steps, "warmup_steps": warmup, "decay_share": 0.4}
+    rate = optim.learning_rate(dataclasses.replace(CONFIG, **settings))
+    np.testing.assert_allclose([rate(warmup), rate(steps)], [1.0, 0.1], atol=1e-6)
+
+
 def test_adamw_step_by_hand():
     config = dataclasses.replace(CONFIG, warmup_steps=0, schedule="wsd", weight_decay=0.1, eps=1e-8)
     model = build(small(num_layers=1), "float32", jax.random.key(0))
