@@ -15,12 +15,8 @@ from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
 from vishwamai_eqx.nonfinite import TAP, tap
 
-# The logit that a tied head would begin with for the token that was just read, did no branch add to the stream: what
-# grows with the width otherwise, to 80 at 4096. The loss begins at ln(vocabulary) with it (after 2203.03466).
-FIRST_LOGIT = 2.56
-# How large an embedded token is in the residual stream, whatever the embedding: much less, and the branches drown it.
-# With 0.02 in its stead preset tiny needed three times the tokens for the same loss.
-EMBEDDED = 0.02 * math.sqrt(128)
+# Of preset tiny, with which the scales of embedding and logits were found.
+WIDTH = 128
 # What the forward pass leaves for backward; "none" leaves all there is.
 _TAPS = jax.checkpoint_policies.save_only_these_names(TAP)
 REMAT = {
@@ -139,10 +135,13 @@ class VishwamAI(eqx.Module):
                 else GatedMLP(hidden_size, ffn_dim, residual_gain=residual_gain, key=experts_key),
             )
 
-        std = FIRST_LOGIT / hidden_size
+        std = 0.02
         self.embedding = Embedding(vocab_size, hidden_size, std=std, key=embedding_key)
         self.blocks = eqx.filter_vmap(block)(jax.random.split(blocks_key, num_layers))
-        self.norm = TPULayerNorm(hidden_size)
+        # Logits are sums over the width, so the last norm begins at 1 / width (2203.03466) and learns how sure the
+        # model may be. Else the loss of a width of 4096 would begin at seven times that of a guess.
+        norm = TPULayerNorm(hidden_size)
+        self.norm = eqx.tree_at(lambda norm: norm.scale, norm, norm.scale * min(1, WIDTH / hidden_size))
         self.untied_head = None if tie_embeddings else Embedding(vocab_size, hidden_size, std=std, key=head_key)
         self.rope_theta, self.compute_dtype = rope_theta, compute_dtype
         self.remat, self.scan_unroll = remat, scan_unroll
@@ -175,7 +174,10 @@ class VishwamAI(eqx.Module):
         dtype = jnp.dtype(self.compute_dtype)
         with jax.named_scope("embedding"):
             embedding = gather(self.embedding, placement and placement.embedding, dtype)
-            x = embedding(tokens) * jnp.asarray(EMBEDDED / FIRST_LOGIT * embedding.weight.shape[1], dtype)
+            # The head wants a small embedding and the residual stream one that the branches do not drown: without the
+            # factor preset tiny needed three times the tokens for the same loss. It is the same at every width: what
+            # grew with it would make of the first logits those of the token that was just read.
+            x = embedding(tokens) * jnp.asarray(math.sqrt(WIDTH), dtype)
         if probes is not None:
             x = tap(x, probes[0])
 
