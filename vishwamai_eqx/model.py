@@ -140,8 +140,8 @@ class VishwamAI(eqx.Module):
         self.blocks = eqx.filter_vmap(block)(jax.random.split(blocks_key, num_layers))
         # Logits are sums over the width, so the last norm begins at 1 / width (2203.03466) and learns how sure the
         # model may be. Else the loss of a width of 4096 would begin at seven times that of a guess.
-        norm = TPULayerNorm(hidden_size)
-        self.norm = eqx.tree_at(lambda norm: norm.scale, norm, norm.scale * min(1, WIDTH / hidden_size))
+        scale = jnp.full(hidden_size, min(1.0, WIDTH / hidden_size))
+        self.norm = eqx.tree_at(lambda norm: norm.scale, TPULayerNorm(hidden_size), scale)
         self.untied_head = None if tie_embeddings else Embedding(vocab_size, hidden_size, std=std, key=head_key)
         self.rope_theta, self.compute_dtype = rope_theta, compute_dtype
         self.remat, self.scan_unroll = remat, scan_unroll
