@@ -18,7 +18,18 @@ Glossary of axes. Inside `shard_map` a name is the local size.
 
 from kernels.flash_attention.api import flash_attention
 from kernels.gemm.api import gemm
+from kernels.gemm.quantize import Quantized, dequantize, quantize
 from kernels.grouped_matmul.api import grouped_matmul
 from kernels.moe_dispatch.api import DispatchPlan, moe_combine, moe_dispatch
 
-__all__ = ["DispatchPlan", "flash_attention", "gemm", "grouped_matmul", "moe_combine", "moe_dispatch"]
+__all__ = [
+    "DispatchPlan",
+    "Quantized",
+    "dequantize",
+    "flash_attention",
+    "gemm",
+    "grouped_matmul",
+    "moe_combine",
+    "moe_dispatch",
+    "quantize",
+]
