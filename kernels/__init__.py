@@ -17,7 +17,8 @@ Glossary of axes. Inside `shard_map` a name is the local size.
 """
 
 from kernels.flash_attention.api import flash_attention
-from kernels.gemm.api import gemm
+from kernels.gemm.api import gemm, scaled_matmul
+from kernels.gemm.fp8 import fp8_gemm
 from kernels.gemm.quantize import Quantized, dequantize, quantize
 from kernels.grouped_matmul.api import grouped_matmul
 from kernels.moe_dispatch.api import DispatchPlan, moe_combine, moe_dispatch
@@ -27,9 +28,11 @@ __all__ = [
     "Quantized",
     "dequantize",
     "flash_attention",
+    "fp8_gemm",
     "gemm",
     "grouped_matmul",
     "moe_combine",
     "moe_dispatch",
     "quantize",
+    "scaled_matmul",
 ]

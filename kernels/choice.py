@@ -38,20 +38,21 @@ def choose_kernel(
     argument: str,
     dtype: DTypeLike,
     interpret: Any,
+    dtypes: Collection[DTypeLike] = DTYPES,
 ) -> Callable[..., Any]:
     """The implementation of an operation that has a Pallas kernel, which on a TPU is the automatic one.
 
-    `argument` names the array whose type, `dtype`, decides whether there is a kernel for it.
+    `argument` names the array whose type, `dtype`, decides whether there is a kernel for it: those of `dtypes`.
 
     **Raises** ValueError where there is none, and where what is no Pallas kernel is to be interpreted.
     """
-    automatic = "xla" if current_generation() is None or dtype not in DTYPES else "pallas_tpu"
+    automatic = "xla" if current_generation() is None or dtype not in dtypes else "pallas_tpu"
     name = choose(operation, implementation, available, automatic)
     if name == "pallas_tpu":
-        if dtype not in DTYPES:
+        if dtype not in dtypes:
             raise ValueError(
-                f"{operation}: {argument}.dtype={dtype} is not float32 or bfloat16, which implementation 'pallas_tpu' "
-                f"takes; cast {argument}, or pass implementation='xla'"
+                f"{operation}: {argument}.dtype={dtype} is not {' or '.join(map(str, dtypes))}, which implementation "
+                f"'pallas_tpu' takes; cast {argument}, or pass implementation='xla'"
             )
         return functools.partial(available[name], interpret=interpret)
     if interpret:

@@ -160,9 +160,9 @@ def _matmul(suffix: str, generation: Generation) -> tuple[int, int]:
     """Rows that a matrix instruction feeds, and how many of them an MXU takes in a cycle."""
     rate = generation.rows_per_cycle
     if re.search(r"\.[su]8\b", suffix):
-        return 32, rate * 2
+        return 32, rate * (generation.int8 or 1)
     if "f8" in suffix:
-        return 32, rate * (2 if generation.name == "7x" else 1)
+        return 32, rate * (generation.fp8 or 1)
     return (16 if ".bf16" in suffix else 8), rate
 
 

@@ -43,11 +43,17 @@ class Generation:
     """Cores of one device, which share a kernel's parallel grid dimensions."""
     bf16_dot: bool = True
     """Whether the MXU takes bf16 operands; where it does not, they are cast to f32 first."""
+    fp8: int = 0
+    """How many times as fast as bf16 operands the MXU takes fp8 ones: at once, fp8 saves bytes only. 0: not at all,
+    they are cast to what it takes."""
+    int8: int = 0
+    """The same of int8, which Mosaic casts to bf16 where the MXU lacks it and fp8 has a product: that counts as 1."""
 
 
 _MIB = 2**20
 
 _GIB = 2**30
+_V5 = {"fp8": 1, "int8": 2}
 _SQUARE, _V3, _V4, _V5P, _7X = (16, 16), (32, 32), (16, 16, 16), (16, 20, 28), (16, 24, 24)
 
 # Peaks and bandwidths are those of Google's pages on each generation; of v2 and v3, the links' of doi 10.1145/3360307.
@@ -61,10 +67,18 @@ GENERATIONS = {
             "v3", "TPU v3", 2, 128, 1, 16 * _MIB, int(15.48 * _GIB), 61.5e12, 450e9, 164e9, _V3, 2, bf16_dot=False
         ),
         Generation("v4", "TPU v4", 4, 128, 1, 16 * _MIB, int(30.75 * _GIB), 275e12, 1200e9, 300e9, _V4, cores=2),
-        Generation("v5e", "TPU v5 lite", 4, 128, 1, 128 * _MIB, int(15.75 * _GIB), 197e12, 819e9, 200e9, _SQUARE),
-        Generation("v5p", "TPU v5", 4, 128, 1, 64 * _MIB, int(95.74 * _GIB), 459e12, 2765e9, 600e9, _V5P, cores=2),
-        Generation("v6e", "TPU v6 lite", 2, 256, 2, 128 * _MIB, int(31.25 * _GIB), 918e12, 1638e9, 400e9, _SQUARE),
-        Generation("7x", "TPU7x", 2, 256, 2, 64 * _MIB, int(94.75 * _GIB), 1153.5e12, 3690e9, 300e9, _7X, 2),
+        Generation(
+            "v5e", "TPU v5 lite", 4, 128, 1, 128 * _MIB, int(15.75 * _GIB), 197e12, 819e9, 200e9, _SQUARE, **_V5
+        ),
+        Generation(
+            "v5p", "TPU v5", 4, 128, 1, 64 * _MIB, int(95.74 * _GIB), 459e12, 2765e9, 600e9, _V5P, cores=2, **_V5
+        ),
+        Generation(
+            "v6e", "TPU v6 lite", 2, 256, 2, 128 * _MIB, int(31.25 * _GIB), 918e12, 1638e9, 400e9, _SQUARE, **_V5
+        ),
+        Generation(
+            "7x", "TPU7x", 2, 256, 2, 64 * _MIB, int(94.75 * _GIB), 1153.5e12, 3690e9, 300e9, _7X, 2, fp8=2, int8=1
+        ),
     )
 }
 

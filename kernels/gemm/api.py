@@ -1,13 +1,24 @@
-"""The public `gemm`."""
+"""The public `gemm` and `scaled_matmul`."""
+
+from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Shaped
 
-from kernels.choice import choose
-from kernels.gemm import reference, xla
-from kernels.tpu import current_generation
+from kernels.choice import choose, choose_kernel
+from kernels.gemm import pallas_tpu, reference, xla
+from kernels.gemm.formats import FORMATS, INT8
+from kernels.gemm.scales import Scaling, block_of
+from kernels.tpu import DTYPES, current_generation
 
 _IMPLEMENTATIONS = {"reference": reference.gemm, "xla": xla.gemm}
+_SCALED = {
+    "reference": reference.scaled_matmul,
+    "xla": xla.scaled_matmul,
+    "pallas_tpu": pallas_tpu.scaled_matmul,
+}
 
 
 def gemm(
@@ -26,13 +37,72 @@ def gemm(
 
     **Raises** ValueError where w is not a matrix of x's k, or the implementation is unknown.
     """
-    if w.ndim != 2 or w.shape[1 if transposed else 0] != x.shape[-1]:
-        expected = f"[n, {x.shape[-1]}]" if transposed else f"[{x.shape[-1]}, n]"
-        raise ValueError(
-            f"gemm: w has shape {list(w.shape)}, expected {expected} for x {list(x.shape)} with "
-            f"transposed={transposed}; pass transposed={not transposed} if w is stored the other way round"
-        )
+    check_shapes("gemm", x, w, transposed)
     # What is traced for a TPU on a machine with none is what a TPU has.
     on_cpu = current_generation() is None and jax.default_backend() == "cpu"
     name = choose("gemm", implementation, _IMPLEMENTATIONS, "xla" if on_cpu else "reference")
     return _IMPLEMENTATIONS[name](x, w, transposed)
+
+
+def scaled_matmul(
+    x: Shaped[Array, "rows k"],
+    w: Shaped[Array, "..."],
+    x_scales: Float[Array, "..."] | None,
+    w_scales: Float[Array, "..."],
+    *,
+    block_size: int = 128,
+    transposed: bool = False,
+    dtype: DTypeLike = jnp.bfloat16,
+    implementation: str | None = None,
+    interpret: Any = None,
+) -> Float[Array, "rows n"]:
+    """The product of what was quantised, accumulated in f32, in `dtype`.
+
+    y = X W with X = x x_scales and W = w w_scales, or y = X Wᵀ with w [n, k] if `transposed`. With x_scales=None x is
+    bf16 or f32 and not scaled: a product with weights that are only stored in 8 bits.
+
+    x and w are both fp8, e4m3 or e5m2, or both int8, as `quantize` makes them; scales are f32 and along each axis one
+    for all, one for each `block_size` numbers, or, along rows and n, one for each. The scales of fp8 are powers of two:
+    where operands are scaled before they are multiplied, 8 bits are kept of others. Scales that are not finite make
+    what they scale NaN.
+
+    No gradient goes through numbers of 8 bits: `fp8_gemm` has one.
+
+    **Raises** ValueError where shapes, types or scales do not fit, and where the implementation is unknown or has no
+    kernel for the type or the block size.
+    """
+    check_shapes("scaled_matmul", x, w, transposed)
+    _check_types(x, w, x_scales)
+    k_of_w = 1 if transposed else 0
+    scaling = Scaling(
+        *(x.shape[0], x.shape[1], w.shape[1 - k_of_w], block_size, transposed, jnp.dtype(dtype)),
+        x_block=x.shape if x_scales is None else block_of("x_scales", x_scales, x.shape, 1, block_size),
+        w_block=block_of("w_scales", w_scales, w.shape, k_of_w, block_size),
+    )
+    dtypes = (*FORMATS, *DTYPES)
+    product = choose_kernel("scaled_matmul", implementation, _SCALED, "x", x.dtype, interpret, dtypes)
+    with jax.named_scope("scaled_matmul"):
+        return product(x, w, x_scales, w_scales, scaling)
+
+
+def check_shapes(operation: str, x: jax.Array, w: jax.Array, transposed: bool) -> None:
+    """**Raises** ValueError where w is not a matrix of x's k."""
+    if w.ndim != 2 or w.shape[1 if transposed else 0] != x.shape[-1]:
+        expected = f"[n, {x.shape[-1]}]" if transposed else f"[{x.shape[-1]}, n]"
+        raise ValueError(
+            f"{operation}: w has shape {list(w.shape)}, expected {expected} for x {list(x.shape)} with "
+            f"transposed={transposed}; pass transposed={not transposed} if w is stored the other way round"
+        )
+
+
+def _check_types(x, w, x_scales):
+    if x_scales is None:
+        possible, fix = set(DTYPES), "pass x_scales for an x that was quantised"
+    else:
+        possible = {INT8} if w.dtype == INT8 else set(FORMATS) - {INT8}
+        fix = "quantise both alike, or pass x_scales=None with an x of bfloat16"
+    names = ", ".join(sorted(it.name for it in (possible if w.dtype in FORMATS else FORMATS)))
+    if w.dtype not in FORMATS:
+        raise ValueError(f"scaled_matmul: w.dtype={w.dtype} must be one of {names}; quantise w first")
+    if x.dtype not in possible:
+        raise ValueError(f"scaled_matmul: x.dtype={x.dtype} must be one of {names} for w {w.dtype}; {fix}")

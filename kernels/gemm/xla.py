@@ -5,10 +5,14 @@ slower than contracting two dimensions, of which XLA makes a transposed copy and
 """
 
 import jax
+import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from kernels.compat import accumulator, narrow_dot, vary_alike
+from kernels.gemm.formats import INT8
+from kernels.gemm.quantize import Quantized, dequantize
+from kernels.gemm.scales import Scaling, of_w, of_x
 
 
 def gemm(x: Float[Array, "*batch k"], w: Float[Array, "..."], transposed: bool) -> Float[Array, "*batch n"]:
@@ -42,3 +46,32 @@ def _backward(transposed, saved, g):
 
 
 _product.defvjp(_forward, _backward)
+
+
+def scaled_matmul(
+    x: Shaped[Array, "rows k"],
+    w: Shaped[Array, "..."],
+    x_scales: Float[Array, "..."] | None,
+    w_scales: Float[Array, "..."],
+    scaling: Scaling,
+) -> Float[Array, "rows n"]:
+    """(x x_scales) @ (w w_scales).
+
+    Scales that are the same along k scale the result of the 8-bit product, for which the backend may have an
+    instruction; others the operands, in bf16, which holds scaled fp8 exactly, or in f32, which scaled int8 needs.
+    """
+    x, w, x_scales, w_scales = vary_alike((x, w, x_scales, w_scales))
+    contract = ((1,), (1 if scaling.transposed else 0,)), ((), ())
+    if scaling.depth >= scaling.k:
+        integers = x.dtype == w.dtype == INT8
+        w = w if x_scales is not None else w.astype(x.dtype)
+        wide = jnp.int32 if integers else jnp.float32
+        y = lax.dot_general(x, w, contract, precision="highest", preferred_element_type=wide).astype(jnp.float32)
+        y = y * of_w(w_scales, scaling)
+        return (y if x_scales is None else y * of_x(x_scales, scaling).T).astype(scaling.dtype)
+    exact = jnp.float32 if jnp.float32 in (x.dtype, w.dtype) or w.dtype == INT8 else jnp.bfloat16
+    w = dequantize(Quantized(w, w_scales), scaling.w_block, exact)
+    x = x.astype(exact) if x_scales is None else dequantize(Quantized(x, x_scales), scaling.x_block, exact)
+    return lax.dot_general(x, w, contract, precision="highest", preferred_element_type=jnp.float32).astype(
+        scaling.dtype
+    )

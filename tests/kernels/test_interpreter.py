@@ -4,6 +4,8 @@ It simulates memory and copies: what is read before it is written is not a numbe
 read or write that no copy's end or order of steps separates from another core's write is a race.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from kernels.flash_attention import pallas_forward
 from kernels.grouped_matmul import blocks
 from kernels.moe_dispatch import pallas_tpu as moves
 from tests.kernels import test_flash_attention as attention
+from tests.kernels import test_scaled_matmul as scaled
 from tests.kernels.comparison import assert_close, normal
 
 CORES = (1, 2)
@@ -87,7 +90,24 @@ def small_experts(monkeypatch):
     monkeypatch.setattr(blocks, "ROWS", (16,))
 
 
-OPERATIONS = {"attention": (attend, small_attention), "experts": (experts, small_experts)}
+def fp8(implementation, interpret=None):
+    """A product of fp8 and both its gradients, several blocks of every axis."""
+    x, w, g = normal(0, (40, 300)), normal(1, (300, 200)), normal(2, (40, 200))
+
+    @jax.jit
+    def run(x, w, g):
+        product = functools.partial(kernels.fp8_gemm, implementation=implementation, interpret=interpret)
+        y, pull = jax.vjp(product, x, w)
+        return y, pull(g)
+
+    return run(x, w, g)
+
+
+OPERATIONS = {
+    "attention": (attend, small_attention),
+    "experts": (experts, small_experts),
+    "fp8": (fp8, scaled.small_blocks),
+}
 
 
 @pytest.mark.slow

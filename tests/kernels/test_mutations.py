@@ -10,12 +10,16 @@ import pytest
 
 from kernels.flash_attention import pallas_backward, pallas_forward, pallas_scores, pallas_tables
 from kernels.flash_attention import pallas_tpu as attention_tpu
+from kernels.gemm import fp8, quantize
+from kernels.gemm import pallas_tpu as gemm_tpu
 from kernels.grouped_matmul import blocks, visits, words
 from kernels.grouped_matmul import pallas_tpu as grouped_tpu
 from kernels.moe_dispatch import pallas_tpu as moves
 from tests.kernels import test_experts as experts
 from tests.kernels import test_flash_attention as attention
 from tests.kernels import test_grouped_visits as visited
+from tests.kernels import test_quantize as rounding
+from tests.kernels import test_scaled_matmul as scaled
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +54,22 @@ LAYER = {
     "weights forgotten": (moves, "rows_ref[...] * scale)", "rows_ref[...])"),
     "the first choice's row": (moves, "index[step * count + slot]", "index[step * count]"),
     "the last token's row": (moves, "plan.position, g, weights.dtype", "plan.position[::-1], g, weights.dtype"),
+}
+SCALED = {
+    "the first scale of a row": ("fp8 in blocks", "x_scales[:, part : part + 1]", "x_scales[:, :1]"),
+    "the first scale of a column": (
+        "int8 in blocks",
+        "w_scales_ref[part : part + 1, columns]",
+        "w_scales_ref[:1, columns]",
+    ),
+    "partial sums lost": ("fp8 tensors", "jnp.where(k_i == 0, 0.0, scratch[0][:, columns])", "0.0"),
+    "the first scales of k": ("bf16 and int8 in blocks", "return 0 if uniform else k_i", "return 0"),
+    "a block's scale for all columns": ("bf16 and int8 columns", "(step(k_i), 0, n_i)", "(step(k_i), 0, 0)"),
+}
+ROUNDING = {
+    "scales that do not reach": ("e4m3", quantize, "(bits + 0x7FFFFF)", "bits"),
+    "digits cut off": ("int8", quantize, "jnp.round(inside)", "jnp.trunc(inside)"),
+    "float's largest of int8": ("int8", quantize, "largest.astype(jnp.float32) / it.largest", "largest / 448"),
 }
 
 
@@ -104,6 +124,24 @@ def test_a_layer_with_a_mistake_fails_its_suite(mistake, monkeypatch):
 def test_a_gradient_of_the_last_tile_alone_fails_its_suite(monkeypatch):
     change = grouped_tpu, "jnp.where(first, 0.0, sum_ref[...])", "0.0"
     fails(monkeypatch, change, visited.test_several_blocks_of_every_axis, False, None, monkeypatch)
+
+
+@pytest.mark.parametrize("mistake", SCALED)
+def test_a_scaled_product_with_a_mistake_fails_its_suite(mistake, monkeypatch):
+    name, *change = SCALED[mistake]
+    scaled.small_blocks(monkeypatch)
+    test = scaled.test_the_product_of_scaled_numbers
+    fails(monkeypatch, (gemm_tpu, *change), test, name, "pallas_tpu", monkeypatch)
+
+
+@pytest.mark.parametrize("mistake", ROUNDING)
+def test_rounding_with_a_mistake_fails_its_suite(mistake, monkeypatch):
+    name, *change = ROUNDING[mistake]
+    fails(monkeypatch, change, rounding.test_an_outlier_costs_what_the_format_says, name)
+
+
+def test_gradients_of_the_forward_format_fail_their_suite(monkeypatch):
+    fails(monkeypatch, (fp8, "(g, E5M2)", "(g, E4M3)"), scaled.test_gradients_reach_as_far_as_e5m2)
 
 
 def fails(monkeypatch, change, test, *arguments):

@@ -50,17 +50,22 @@ def experts(x, w, row):
     return kernels.moe_combine(hidden, plan, weights, implementation="xla").reshape(x.shape)
 
 
+def fp8(x, w, row):
+    """Replicated weights, in blocks that no device's rows cut."""
+    return kernels.fp8_gemm(x, w["q"], block_size=8, implementation="xla")
+
+
 def weights():
     shapes = {"q": (16, 16), "k": (16, 8), "v": (16, 8), "router": (16, 4), "experts": (4, 16, 16)}
     return {name: normal(seed, shape) / 4 for seed, (name, shape) in enumerate(shapes.items())}
 
 
 @pytest.mark.parametrize("regime", ["short", "tiles"])
-@pytest.mark.parametrize("layer", [attention, replicated_keys, experts], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layer", [attention, replicated_keys, experts, fp8], ids=lambda f: f.__name__)
 def test_eight_devices_equal_one(layer, regime, monkeypatch):
     if regime == "tiles":
-        if layer is experts:
-            pytest.skip("experts have one regime")
+        if layer in (experts, fp8):
+            pytest.skip("one regime")
         monkeypatch.setattr(xla, "SHORT", 0)
         monkeypatch.setattr(tiles, "QUERIES", 16)
         monkeypatch.setattr(tiles, "KEYS", 16)
