@@ -16,6 +16,7 @@ import kernels
 from kernels.flash_attention.pallas_blocks import default_blocks
 from kernels.flash_attention.pallas_tables import DIAGONAL, FULL, MASKED, schedule
 from kernels.flash_attention.problem import Operands, Settings
+from kernels.gemm.blocks import scaled_blocks
 from kernels.moe_dispatch.pallas_tpu import STEP
 from kernels.moe_dispatch.plan import default_alignment, padded_rows
 from kernels.tpu import Generation
@@ -57,7 +58,12 @@ def cases(shape: Mapping[str, int], dtype: Any, generation: Generation) -> list[
 
     Where a generation has no bf16 product, JAX's Pallas kernels are given f32 numbers.
     """
-    every = [*_grouped(shape, dtype, generation), *_dispatch(shape, dtype), *_attention(shape, dtype, generation)]
+    every = [
+        *_grouped(shape, dtype, generation),
+        *_dispatch(shape, dtype),
+        *_attention(shape, dtype, generation),
+        *_gemm(shape, dtype, generation),
+    ]
     order = {key: index for index, key in enumerate(dict.fromkeys(case.operation for case in every))}
     return sorted(
         every, key=lambda case: (order[case.operation], case.implementation != "pallas_tpu", case.implementation)
@@ -250,6 +256,34 @@ def _jax_flash(shape, dtype):
             "flash_attention forward", _label("jax flash", dtype), f"{block}/{block}", flash, (q, q, q, segments),
             visits=(float(_blocks_seen(seq, block) * heads),), step_tiles=(block // _TILE) ** 2, **_needed(shape, 2),
         )  # fmt: skip
+
+
+def _gemm(shape, dtype, generation):
+    """One product: XLA's own in the report's type, and ours in 8 bits, a scale a matrix or a block of 128, and with
+    weights alone in 8 bits."""
+    rows, k, n = (shape[name] for name in ("rows", "k", "n"))
+    aval, f32 = jax.ShapeDtypeStruct, jnp.float32
+    x, w, common = aval((rows, k), dtype), aval((k, n), dtype), {"useful_macs": rows * k * n}
+    yield Case(
+        "gemm", dtype.name, "XLA's own", lambda x, w: kernels.gemm(x, w, implementation="reference"), (x, w), **common
+    )
+
+    def ours(x, w, x_scales, w_scales):
+        return kernels.scaled_matmul(x, w, x_scales, w_scales, dtype=dtype, implementation="pallas_tpu")
+
+    k_blocks, n_blocks = -(-k // _TILE), -(-n // _TILE)
+    for name, stored in (("e4m3", jnp.float8_e4m3fn), ("int8", jnp.int8)):
+        w = aval((k, n), stored)
+        for label, x, x_scales, w_scales in (
+            (name, aval((rows, k), stored), (1, 1), (1, 1)),
+            (f"{name} by 128", aval((rows, k), stored), (rows, k_blocks), (k_blocks, n_blocks)),
+            (f"{name} weights", aval((rows, k), dtype), None, (1, n)),
+        ):
+            sizes = scaled_blocks(generation, rows, k, n, _TILE, (x.dtype.itemsize, w.dtype.itemsize, dtype.itemsize))
+            steps = float(-(-rows // sizes.rows) * -(-k // sizes.k) * -(-n // sizes.n))
+            avals = x, w, None if x_scales is None else aval(x_scales, f32), aval(w_scales, f32)
+            blocks = f"{sizes.rows}/{sizes.k}/{sizes.n}"
+            yield Case("gemm", label, blocks, ours, avals, ("gemm_scaled",), visits=(steps,), **common)
 
 
 def _with_gradient(forward):

@@ -80,6 +80,20 @@ def test_the_best_blocks_are_printed_and_refusals_kept():
     assert "refused: Mosaic failed" in report._line(best[1])
 
 
+def test_products_in_8_bits_are_held_beside_16():
+    def row(name, cycles, moved, operation="gemm"):
+        return {"operation": operation, "implementation": name, "kernel_cycles": cycles, "bytes": moved}
+
+    rows = [row("bfloat16", 100, 40), row("e4m3", 101, 20), row("int8", 50, 20), row("e4m3 by 128", 120, 22)]
+    rows += [{"operation": "gemm", "implementation": "x", "compiled": False, "error": "no"}, row("other", 1, 1, "moe")]
+    assert list(report._savings(rows, "bfloat16")) == [
+        "gemm e4m3: 1.01 of the cycles and 0.50 of the bytes of bfloat16: saves bytes only",
+        "gemm int8: 0.50 of the cycles and 0.50 of the bytes of bfloat16: saves cycles and bytes",
+        "gemm e4m3 by 128: 1.20 of the cycles and 0.55 of the bytes of bfloat16: saves bytes only and costs cycles",
+    ]
+    assert not list(report._savings(rows[1:], "bfloat16"))
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
