@@ -18,17 +18,22 @@ Glossary of axes. Inside `shard_map` a name is the local size.
 
 from kernels.flash_attention.api import flash_attention
 from kernels.gemm.api import gemm, scaled_matmul
-from kernels.gemm.fp8 import fp8_gemm
+from kernels.gemm.fp8 import Fp8, fp8_activations, fp8_gemm, fp8_weights
 from kernels.gemm.quantize import Quantized, dequantize, quantize
 from kernels.grouped_matmul.api import grouped_matmul
+from kernels.grouped_matmul.fp8 import fp8_grouped_matmul
 from kernels.moe_dispatch.api import DispatchPlan, moe_combine, moe_dispatch
 
 __all__ = [
     "DispatchPlan",
+    "Fp8",
     "Quantized",
     "dequantize",
     "flash_attention",
+    "fp8_activations",
     "fp8_gemm",
+    "fp8_grouped_matmul",
+    "fp8_weights",
     "gemm",
     "grouped_matmul",
     "moe_combine",

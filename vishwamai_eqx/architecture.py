@@ -12,11 +12,11 @@ Model = VishwamAI | gemma.Decoder
 
 def build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
     """The model of a configuration, untrained."""
-    shape = config.model
+    shape, fp8 = config.model, config.precision == "fp8"
     if config.gemma is not None:
-        return gemma.Decoder(config.gemma, compute_dtype, shape.remat, attention=shape.attention, key=key)
+        return gemma.Decoder(config.gemma, compute_dtype, shape.remat, attention=shape.attention, fp8=fp8, key=key)
     arguments = {name: getattr(shape, name) for name in shape.__dataclass_fields__}
-    return VishwamAI(**arguments, compute_dtype=compute_dtype, key=key)
+    return VishwamAI(**arguments, compute_dtype=compute_dtype, fp8=fp8, key=key)
 
 
 def abstract(config: Config, compute_dtype: str) -> Model:

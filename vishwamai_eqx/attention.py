@@ -176,9 +176,9 @@ class TPUMultiHeadAttention(eqx.Module):
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         # One copy for each device along `model`, so that the gradients of its uses are summed here and then once there.
-        x = vary(x, "model")
-        q = self.query(x).reshape(heads)
-        k, v = (self.own_heads(project(x).reshape(heads)) for project in (self.key, self.value))
+        shared = self.query.operand(vary(x, "model"))
+        q = self.query(shared).reshape(heads)
+        k, v = (self.own_heads(project(shared).reshape(heads)) for project in (self.key, self.value))
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = rotate(q, angles), rotate(k, angles)
@@ -186,7 +186,7 @@ class TPUMultiHeadAttention(eqx.Module):
         if slot is None:
             options |= self.pattern_options(x.shape[1]) | {"segment_ids": segment_ids}
         else:
-            new = jnp.full(len(x), x.shape[1]) if segment_ids is None else (segment_ids > 0).sum(axis=1)
+            new = jnp.full(x.shape[0], x.shape[1]) if segment_ids is None else (segment_ids > 0).sum(axis=1)
             cache, k, v, slots = slot.extend(k, v, new.astype(jnp.int32))
             if slots is None:
                 options |= self.pattern_options(k.shape[1], positions) | {"q_offset": slot.cache.lengths}
@@ -202,7 +202,7 @@ class TPUMultiHeadAttention(eqx.Module):
             }
         y = kernels.flash_attention(q, k, v, implementation=self.implementation, **options)
         assert isinstance(y, Array)  # alone, without the log-sum-exp
-        return self.out(y.reshape(*x.shape[:2], -1)), cache
+        return self.out(self.out.operand(y.reshape(*x.shape[:2], -1))), cache
 
     def own_heads(
         self, kv: Float[Array, "batch seq kv_heads head_dim"]

@@ -17,9 +17,9 @@ import tyro
 from vishwamai_eqx.gemma_config import GemmaConfig
 
 AttentionPattern = Literal["full", "window", "blocks"]
-Remat = Literal["none", "dots", "full"]
+Remat = Literal["none", "dots", "inputs", "full"]
 Schedule = Literal["cosine", "wsd"]
-Precision = Literal["auto", "f32", "bf16"]
+Precision = Literal["auto", "f32", "bf16", "fp8"]
 Implementation = Literal["auto", "reference", "xla", "pallas_tpu"]
 AXES = ("replica", "data", "expert", "model")
 """Of the mesh, from the slowest wires to the fastest. `replica` divides the batch only, `data` the parameters and the
@@ -72,7 +72,8 @@ class ModelConfig:
     dropout_rate: float = 0.0
     """Share of attention probabilities dropped while training."""
     remat: Remat = "full"
-    """What backward computes again: nothing, all but the matrix products, or the whole block."""
+    """What backward computes again: nothing, all but the matrix products, all but what goes into those with weights, or
+    the whole block."""
     scan_unroll: int = 1
     """Layers that one step of the scan over layers holds; all of them is fastest on CPU."""
 

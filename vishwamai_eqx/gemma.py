@@ -98,6 +98,7 @@ class Decoder(eqx.Module):
     untied_head: Embedding | None
     config: GemmaConfig = eqx.field(static=True)
     compute_dtype: str = eqx.field(static=True)
+    fp8: bool = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
 
     def __init__(
@@ -107,6 +108,7 @@ class Decoder(eqx.Module):
         remat: Remat = "full",
         *,
         attention: str = "auto",
+        fp8: bool = False,
         key: PRNGKeyArray,
     ):
         embedding_key, head_key, blocks_key, rest_key = jax.random.split(key, 4)
@@ -125,7 +127,7 @@ class Decoder(eqx.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.untied_head = None if tied else Embedding(config.vocab_size, config.hidden_size, std=std, key=head_key)
-        self.config, self.compute_dtype, self.remat = config, compute_dtype, remat
+        self.config, self.compute_dtype, self.fp8, self.remat = config, compute_dtype, fp8, remat
 
     def __call__(
         self,
@@ -177,7 +179,7 @@ class Decoder(eqx.Module):
             outputs, read = [], []
             for i, shard in enumerate(shards):
                 # Gathered here, inside what remat repeats, so that no more than a period's weights live at a time.
-                block = gather(shard, places and jax.tree.map(without_layers, places[i]), dtype)
+                block = gather(shard, places and jax.tree.map(without_layers, places[i]), dtype, fp8=self.fp8)
                 slot = None if cache is None else CacheSlot(caches[i], index)
                 x, after = block(x, positions, angles[config.layer_types[i]], segment_ids, slot)
                 x = x if probes is None else tap(x, probes[i])

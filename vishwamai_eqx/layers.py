@@ -7,9 +7,11 @@ from typing import Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
+from kernels import Fp8
 from kernels.compat import accumulator, varying_axes
 from vishwamai_eqx.mesh import index, sum_over, vary
 from vishwamai_eqx.parameters import normal, parameter
@@ -23,11 +25,26 @@ def wide(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+PRODUCT_INPUT = "product_input"
+"""The name under which a remat policy finds what goes into the products with weights."""
+
+
+def operand(x: Float[Array, "*batch k"], weight: Array | Fp8, block_size: int) -> Array | Fp8:
+    """x as all products of it with such weights take it, and as it is kept for the backward pass by `PRODUCT_INPUT`:
+    rounded to fp8 once if they are."""
+    if not isinstance(weight, Fp8):
+        return checkpoint_name(x, PRODUCT_INPUT)
+    rounded = kernels.fp8_activations(x, block_size)
+    values, scales = checkpoint_name(jax.lax.stop_gradient(rounded[:2]), PRODUCT_INPUT)
+    return Fp8(values, scales, rounded.gradient)
+
+
 class TPUGEMMLinear(eqx.Module):
     """y = x W + b, with W cast to the type of x and sums in f32.
 
-    `use_fp8` permits FP8 for the product where the run's precision asks for it; `block_size` is the side of the
-    blocks that then share a scale. `gain` multiplies the initial standard deviation, 1 / sqrt(in_features).
+    `use_fp8` permits FP8 for the product where the run's precision asks for it, and `mesh.gather` then gives W in fp8;
+    `block_size` is the side of the blocks that share a scale. `gain` multiplies the initial standard deviation,
+    1 / sqrt(in_features).
 
     W is stored with its narrower side first, transposed where it makes fewer features than it takes: that is the side
     whose gradient XLA's CPU library computes at full speed.
@@ -42,7 +59,7 @@ class TPUGEMMLinear(eqx.Module):
     use_fp8: bool = eqx.field(static=True)
     block_size: int = eqx.field(static=True)
     split: tuple[Literal["features", "in_features"], int] | None = eqx.field(static=True)
-    weight: Float[Array, "narrow wide"] = parameter(decay=True, split=lambda linear: linear.split_axis)
+    weight: Float[Array, "narrow wide"] = parameter(decay=True, split=lambda linear: linear.split_axis, fp8=True)
     bias: Float[Array, "features"] | None = parameter(decay=False)
 
     def __init__(
@@ -80,8 +97,15 @@ class TPUGEMMLinear(eqx.Module):
         rows, columns = self.weight.shape[-2:]
         return (columns, rows) if self.transposed else (rows, columns)
 
-    def __call__(self, x: Float[Array, "*batch {self.here[0]}"]) -> Float[Array, "*batch {self.here[1]}"]:
-        y = kernels.gemm(x, self.weight, transposed=self.transposed)
+    def operand(self, x: Float[Array, "*batch {self.here[0]}"]) -> Array | Fp8:
+        """x as this and other linear maps of it take it: see `operand`."""
+        return operand(x, self.weight, self.block_size)
+
+    def __call__(self, x: Float[Array, "*batch {self.here[0]}"] | Fp8) -> Float[Array, "*batch {self.here[1]}"]:
+        if isinstance(self.weight, Fp8):
+            y = kernels.fp8_gemm(x, self.weight, transposed=self.transposed, block_size=self.block_size)
+        else:
+            y = kernels.gemm(x, self.weight, transposed=self.transposed)
         if self.split is not None and self.split[0] == "in_features":
             return sum_over(y, "model")
         return y if self.bias is None else y + self.bias.astype(y.dtype)
@@ -220,8 +244,9 @@ class GatedMLP(eqx.Module):
         self.activation = activation
 
     def __call__(self, x: Float[Array, "batch seq d_model"]) -> Float[Array, "batch seq d_model"]:
-        x = vary(x, "model")
-        return self.down(gated(self.activation, self.gate(x), self.up(x)))
+        shared = self.gate.operand(vary(x, "model"))
+        inner = gated(self.activation, self.gate(shared), self.up(shared))
+        return self.down(self.down.operand(inner))
 
 
 def gated(

@@ -107,6 +107,11 @@ def _kept_besides(config: Config, tokens: int, wide: int, layer: int) -> int:
         return 0
     if model.remat == "dots":
         return projections
+    if model.remat == "inputs":
+        # Of queries, keys and values one; of attention's result; of gate and up one; of down. In fp8 a scale for every
+        # 128 besides.
+        numbers = tokens * (d + width) + _routed(model, tokens) * (d + model.ffn_dim)
+        return numbers + numbers // 128 * F32 if config.precision == "fp8" else numbers * wide
     # Gathered weights too. Gate, up, the activation and its slope are kept as they are computed, in f32, and so are the
     # norms' parts; what attention and the experts take and give in the compute type.
     inner = _routed(model, tokens) * (model.ffn_dim * (4 * F32 + wide) + 2 * d * wide)

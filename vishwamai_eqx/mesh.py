@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from kernels.compat import accumulator, varying_axes
+from kernels import Fp8, fp8_weights
+from kernels.compat import accumulator, varying_axes, zeros_varying_like
 from vishwamai_eqx.config import AXES, BATCH_AXES
 from vishwamai_eqx.parameters import Declaration, declarations
 
@@ -148,19 +149,26 @@ def experts_axis(declared: Declaration) -> int | None:
     return declared.axes.index("experts") if axes[0] == "experts" else None
 
 
-def gather(shards: Tree, placement: Any, dtype: Any) -> Tree:
+def gather(shards: Tree, placement: Any, dtype: Any, *, fp8: bool = False) -> Tree:
     """What a device computes with: all that `data` divides of each array, and its own part of what others divide.
 
     Inside `shard_map`. Arrays are cast to `dtype` before they cross the wire, those declared without cast stay as they
     are. Their gradients cross it in that type too, once, and are summed in f32 where they arrive. What every device
     holds already becomes a copy of its own, whose gradient is summed over the devices by the transpose. With no
     placement, outside `shard_map`, only the cast happens.
+
+    With `fp8`, what is declared for it is rounded to `dtype` and then to e4m3, and crosses the wire so where shards
+    hold whole blocks: the numbers are those of one device.
     """
 
     def whole(shard: Any, declared: Declaration, spec: PartitionSpec | None) -> Any:
-        to = dtype if declared.cast else shard.dtype
+        to, block = dtype if declared.cast else shard.dtype, declared.fp8 if fp8 else None
+
+        def rounded(x: jax.Array) -> Any:
+            return x if block is None else fp8_weights(x, block)
+
         if spec is None:
-            return shard.astype(to)
+            return rounded(shard.astype(to))
         placed = experts_axis(declared)
         # Before the gather, so that what is summed over the other axes is the gradient of a shard. Heads that are fewer
         # than the devices along `model` are copied to all of them, each of which uses its own.
@@ -170,8 +178,10 @@ def gather(shards: Tree, placement: Any, dtype: Any) -> Tree:
                 name for name in axes_of(entry) if name == "data" or (name == "expert" and dimension != placed)
             )
             if names:
-                return gathered(shard, dimension, names, to)
-        return shard.astype(to)
+                if block is not None and shard.shape[dimension] % block == 0:
+                    return gathered_fp8(shard, dimension, names, to, block)
+                return rounded(gathered(shard, dimension, names, to))
+        return rounded(shard.astype(to))
 
     declared = declarations(shards)
     if placement is None:
@@ -191,6 +201,29 @@ def gathered_fwd(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype:
     return side_by_side(shard, dimension, axes, dtype), jax.numpy.zeros((), shard.dtype)
 
 
+def fp8_side_by_side(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any, block: int) -> Fp8:
+    """The same in e4m3 with scales, of shards that are whole blocks along the dimension."""
+    rounded = fp8_weights(shard.astype(dtype), block)
+    # As bytes: not every backend can send what it cannot compute with.
+    sent = jax.lax.bitcast_convert_type(rounded.values, jax.numpy.uint8)
+    values, scales = (jax.lax.all_gather(x, axes, axis=dimension, tiled=True) for x in (sent, rounded.scales))
+    values = jax.lax.bitcast_convert_type(values, rounded.values.dtype)
+    return Fp8(values, scales, zeros_varying_like(values.shape, dtype, values))
+
+
+gathered_fp8 = jax.custom_vjp(fp8_side_by_side, nondiff_argnums=(1, 2, 3, 4))
+
+
+def gathered_fp8_fwd(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any, block: int) -> Any:
+    return fp8_side_by_side(shard, dimension, axes, dtype, block), jax.numpy.zeros((), shard.dtype)
+
+
+def gathered_fp8_bwd(
+    dimension: int, axes: tuple[str, ...], dtype: Any, block: int, like: Any, g: Fp8
+) -> tuple[jax.Array]:
+    return gathered_bwd(dimension, axes, dtype, like, g.gradient)
+
+
 def gathered_bwd(dimension: int, axes: tuple[str, ...], dtype: Any, like: Any, g: jax.Array) -> tuple[jax.Array]:
     # Each device sends every other one its piece, which adds them up: the bytes of a reduce-scatter, of which XLA
     # makes an all-reduce of twice as many on v2 and v3, and sums in f32 whatever the type on the wire.
@@ -201,3 +234,4 @@ def gathered_bwd(dimension: int, axes: tuple[str, ...], dtype: Any, like: Any, g
 
 
 gathered.defvjp(gathered_fwd, gathered_bwd)
+gathered_fp8.defvjp(gathered_fp8_fwd, gathered_fp8_bwd)

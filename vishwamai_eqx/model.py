@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
 from vishwamai_eqx.config import AttentionPattern, Remat
-from vishwamai_eqx.layers import Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
+from vishwamai_eqx.layers import PRODUCT_INPUT, Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
 from vishwamai_eqx.nonfinite import TAP, tap
@@ -21,6 +21,7 @@ WIDTH = 128
 _TAPS = jax.checkpoint_policies.save_only_these_names(TAP)
 REMAT = {
     "full": _TAPS,
+    "inputs": jax.checkpoint_policies.save_only_these_names(TAP, PRODUCT_INPUT),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _TAPS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
@@ -62,8 +63,9 @@ class Block(eqx.Module):
 class VishwamAI(eqx.Module):
     """A decoder with grouped-query attention, rotary positions and a mixture of gated experts.
 
-    Parameters are f32; `compute_dtype` is the type of activations and matrix products. Blocks are stacked on the
-    first axis of each of their arrays and scanned.
+    Parameters are f32; `compute_dtype` is the type of activations and matrix products, of which those of the blocks'
+    weights, but for the router's, are in fp8 with `fp8`. Blocks are stacked on the first axis of each of their arrays
+    and scanned.
     """
 
     embedding: Embedding
@@ -72,6 +74,7 @@ class VishwamAI(eqx.Module):
     untied_head: Embedding | None
     rope_theta: float = eqx.field(static=True)
     compute_dtype: str = eqx.field(static=True)
+    fp8: bool = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
     scan_unroll: int = eqx.field(static=True)
 
@@ -98,6 +101,7 @@ class VishwamAI(eqx.Module):
         remat: Remat = "full",
         scan_unroll: int = 1,
         compute_dtype: str = "float32",
+        fp8: bool = False,
         key: PRNGKeyArray,
     ):
         embedding_key, blocks_key, head_key = jax.random.split(key, 3)
@@ -143,7 +147,7 @@ class VishwamAI(eqx.Module):
         scale = jnp.full(hidden_size, min(1.0, WIDTH / hidden_size))
         self.norm = eqx.tree_at(lambda norm: norm.scale, TPULayerNorm(hidden_size), scale)
         self.untied_head = None if tie_embeddings else Embedding(vocab_size, hidden_size, std=std, key=head_key)
-        self.rope_theta, self.compute_dtype = rope_theta, compute_dtype
+        self.rope_theta, self.compute_dtype, self.fp8 = rope_theta, compute_dtype, fp8
         self.remat, self.scan_unroll = remat, scan_unroll
 
     def __call__(
@@ -189,7 +193,7 @@ class VishwamAI(eqx.Module):
             x, cache = carry
             shards, index, probe = xs
             # Gathered here, inside what remat repeats, so that no more than one layer's weights live at a time.
-            block = gather(shards, block_placement, dtype)
+            block = gather(shards, block_placement, dtype, fp8=self.fp8)
             slot = None if cache is None else CacheSlot(cache, index)
             layer_key = None if key is None else jax.random.fold_in(key, index)
             x, cache, metrics = block(x, positions, angles, segment_ids, slot, key=layer_key, first_row=first_row)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
 from vishwamai_eqx.exchange import route
-from vishwamai_eqx.layers import Activation, gated, wide
+from vishwamai_eqx.layers import Activation, gated, operand, wide
 from vishwamai_eqx.mesh import sum_over, vary
 from vishwamai_eqx.parameters import normal, parameter
 
@@ -83,10 +83,12 @@ class MoE(eqx.Module):
 
     router: Router
     activation: Activation = eqx.field(static=True)
+    use_fp8: bool = eqx.field(static=True)
+    block_size: int = eqx.field(static=True)
     implementation: str | None = eqx.field(static=True)
-    gate: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
-    up: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
-    down: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff")
+    gate: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff", fp8=True)
+    up: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff", fp8=True)
+    down: Float[Array, "experts d_model d_ff"] = parameter(decay=True, split="d_ff", fp8=True)
 
     def __init__(
         self,
@@ -95,6 +97,8 @@ class MoE(eqx.Module):
         num_experts: int,
         experts_per_token: int,
         activation: Activation = "silu",
+        use_fp8: bool = True,
+        block_size: int = 128,
         *,
         implementation: str | None = None,
         residual_gain: float = 1.0,
@@ -106,6 +110,7 @@ class MoE(eqx.Module):
         self.up = normal(up_key, (num_experts, hidden_size, ffn_dim), 1 / math.sqrt(hidden_size))
         self.down = normal(down_key, (num_experts, hidden_size, ffn_dim), residual_gain / math.sqrt(ffn_dim))
         self.activation, self.implementation = activation, implementation
+        self.use_fp8, self.block_size = use_fp8, block_size
 
     def __call__(
         self, x: Float[Array, "batch seq d_model"], real: Float[Array, "batch seq"]
@@ -125,13 +130,16 @@ class MoE(eqx.Module):
             rows = way.deliver(rows)
         with jax.named_scope("experts"):
             grouped = functools.partial(
-                kernels.grouped_matmul,
+                functools.partial(kernels.fp8_grouped_matmul, block_size=self.block_size)
+                if isinstance(self.gate, kernels.Fp8)
+                else kernels.grouped_matmul,
                 group_sizes=way.group_sizes,
                 row_alignment=way.row_alignment,
                 implementation=self.implementation,
             )
+            rows = operand(rows, self.gate, self.block_size)
             inner = gated(self.activation, grouped(rows, self.gate), grouped(rows, self.up))
-            rows = grouped(inner, self.down, transposed=True)
+            rows = grouped(operand(inner, self.down, self.block_size), self.down, transposed=True)
         with jax.named_scope("exchange"):
             rows = way.collect(rows)
         with jax.named_scope("combine"):

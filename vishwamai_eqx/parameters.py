@@ -29,15 +29,20 @@ class Declaration:
     """Whether it is cast to the compute type before use; what is not stays f32."""
     split: tuple[int, int] | None
     """The dimension that the mesh's `model` axis divides, and the parts that it may be divided into."""
+    fp8: int | None
+    """The side of the squares that share a scale where it is computed in fp8; None where it never is."""
 
 
-def parameter(*, decay: bool, cast: bool = True, split: str | Callable[[Any], tuple[int, int] | None] = "") -> Any:
+def parameter(
+    *, decay: bool, cast: bool = True, split: str | Callable[[Any], tuple[int, int] | None] = "", fp8: bool = False
+) -> Any:
     """A field that holds a parameter: matrices decay and are cast, gains, biases and routers say otherwise.
 
     `split` is the axis that the mesh's `model` divides, or a function of the module that gives the axis' index and the
-    number of parts, such as heads, that have to stay whole.
+    number of parts, such as heads, that have to stay whole. With `fp8` the module's `use_fp8` permits that, in blocks
+    of its `block_size`.
     """
-    return eqx.field(metadata={"decay": decay, "cast": cast, "split": split})
+    return eqx.field(metadata={"decay": decay, "cast": cast, "split": split, "fp8": fp8})
 
 
 def declarations(tree: Any) -> Any:
@@ -58,7 +63,8 @@ def declarations(tree: Any) -> Any:
             split = (axes.index(divided), leaf.shape[axes.index(divided)]) if divided else None
         elif own := divided(owner):
             split = own[0] + len(stacked), own[1]
-        return Declaration(axes, metadata["decay"], metadata["cast"], split)
+        fp8 = owner.block_size if metadata["fp8"] and owner.use_fp8 else None
+        return Declaration(axes, metadata["decay"], metadata["cast"], split, fp8)
 
     return jax.tree_util.tree_map_with_path(declared, tree)
 

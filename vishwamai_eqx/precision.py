@@ -3,15 +3,18 @@
     parameters, optimiser state, gradients' sums          f32
     norms, softmax, router, rotary angles, loss           f32
     matrix products and the activations between them      the compute type, with sums in f32
+    products with the blocks' weights, in fp8             e4m3 forward, e5m2 gradients, with sums in f32
 
-The compute type is `--precision`: f32 or bf16.
+The compute type is `--precision`: f32 or bf16, and bf16 of fp8. Embedding, head and router stay in theirs; what is
+multiplied in fp8 has a scale for every 128 numbers of activations and gradients and every 128 by 128 of weights, taken
+from the numbers at hand (`kernels.fp8_gemm`), and weights are gathered in fp8 (`mesh.gather`).
 """
 
 from pathlib import Path
 
 import jax
 
-COMPUTE_DTYPES = {"f32": "float32", "bf16": "bfloat16"}
+COMPUTE_DTYPES = {"f32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 
 
 def compute_dtype(precision: str) -> str:

@@ -17,7 +17,7 @@ from vishwamai_eqx.program import Program
 
 # Passes over a layer that need its weights: forward, backward twice (its input and its own gradient come of one
 # reading each), and with remat forward again.
-_PASSES = {"none": 3, "dots": 4, "full": 4}
+_PASSES = {"none": 3, "dots": 4, "inputs": 4, "full": 4}
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ def executed(config: Config) -> float:
     outside = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
     scores = flops.attended(config)
     # The backward kernel makes the scores again; full remat a forward pass of the layers but for their last product,
-    # whose result no gradient needs. Dots keep the products but those of kernels.
+    # whose result no gradient needs, and from the products' inputs all products again. Dots keep those but of kernels.
     again = scores
     chosen = min(model.experts_per_token, model.num_experts)
     experts_product = 2 * model.num_layers * chosen * model.hidden_size * model.ffn_dim
-    if model.remat == "full":
+    if model.remat in ("inputs", "full"):
         again += 2 * (active - outside) - experts_product + 2 * scores
     elif model.remat == "dots":
         again += 2 * experts_product + 2 * scores

@@ -37,7 +37,7 @@ def gemm(
 
     **Raises** ValueError where w is not a matrix of x's k, or the implementation is unknown.
     """
-    check_shapes("gemm", x, w, transposed)
+    check_shapes("gemm", x.shape, w.shape, transposed)
     # What is traced for a TPU on a machine with none is what a TPU has.
     on_cpu = current_generation() is None and jax.default_backend() == "cpu"
     name = choose("gemm", implementation, _IMPLEMENTATIONS, "xla" if on_cpu else "reference")
@@ -71,7 +71,7 @@ def scaled_matmul(
     **Raises** ValueError where shapes, types or scales do not fit, and where the implementation is unknown or has no
     kernel for the type or the block size.
     """
-    check_shapes("scaled_matmul", x, w, transposed)
+    check_shapes("scaled_matmul", x.shape, w.shape, transposed)
     _check_types(x, w, x_scales)
     k_of_w = 1 if transposed else 0
     scaling = Scaling(
@@ -85,12 +85,12 @@ def scaled_matmul(
         return product(x, w, x_scales, w_scales, scaling)
 
 
-def check_shapes(operation: str, x: jax.Array, w: jax.Array, transposed: bool) -> None:
-    """**Raises** ValueError where w is not a matrix of x's k."""
-    if w.ndim != 2 or w.shape[1 if transposed else 0] != x.shape[-1]:
-        expected = f"[n, {x.shape[-1]}]" if transposed else f"[{x.shape[-1]}, n]"
+def check_shapes(operation: str, x: tuple[int, ...], w: tuple[int, ...], transposed: bool) -> None:
+    """**Raises** ValueError where w's shape is not that of a matrix of x's k."""
+    if len(w) != 2 or w[1 if transposed else 0] != x[-1]:
+        expected = f"[n, {x[-1]}]" if transposed else f"[{x[-1]}, n]"
         raise ValueError(
-            f"{operation}: w has shape {list(w.shape)}, expected {expected} for x {list(x.shape)} with "
+            f"{operation}: w has shape {list(w)}, expected {expected} for x {list(x)} with "
             f"transposed={transposed}; pass transposed={not transposed} if w is stored the other way round"
         )
 

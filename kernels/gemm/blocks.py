@@ -51,8 +51,10 @@ def scaled_blocks(
 
     def used(tile, block_k, block_n):
         inputs = tile * block_k * x_size + block_k * block_n * w_size + tile * block_n * out_size
-        # Beside what is copied in and out while a step computes: operands widened, and sums.
-        return 2 * inputs + 4 * (tile * block_k + block_k * min(block_n, 512)) + 4 * tile * block_n
+        # Beside what is copied in and out while a step computes: operands widened, and sums; where memory is small the
+        # sums of each part of k count too, for which the compiler keeps room though few live at a time.
+        kept = 1 + (0.4 * (block_k // depth) if vmem < 2**24 else 0)
+        return 2 * inputs + 4 * (tile * block_k + block_k * min(block_n, 512)) + 4 * tile * block_n * kept
 
     def overhead(tile, block_k, block_n):
         return 1 / block_n + 1 / tile + (block_k < k) * 2 / block_k + 256 / (tile * block_k * block_n)

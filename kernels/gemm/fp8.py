@@ -6,23 +6,69 @@ Q4 rounds to e4m3, which has the digits, Q5 to e5m2, which has the reach (FP8 Fo
 2209.05433). The gradients are those of the product of the rounded matrices; rounding itself counts as the identity.
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
-from kernels.compat import vary_alike
+from kernels.compat import vary_alike, zeros_varying_like
 from kernels.gemm.api import check_shapes, scaled_matmul
 from kernels.gemm.formats import E4M3, E5M2
 from kernels.gemm.quantize import Block, Quantized, dequantize, quantize
 
-RESIDUALS = ("fp8_gemm_x", "fp8_gemm_w")
-"""What the backward pass needs, by the names that a remat policy such as `save_only_these_names` knows: x and w in
-e4m3 with their scales."""
+
+class Fp8(NamedTuple):
+    """An array in e4m3, rounded once for all the products it goes into, and the way back for its gradient."""
+
+    values: Shaped[Array, "*stack rows columns"]
+    """Activations as one matrix, whatever their shape was."""
+    scales: Float[Array, "*stack row_blocks column_blocks"]
+    gradient: Float[Array, "..."]
+    """Zeros of the shape and type of what was rounded, which nobody reads: gradients of 8-bit numbers would have 8 bits
+    too, so they flow to these."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what was rounded."""
+        return self.gradient.shape
+
+    @property
+    def dtype(self) -> Any:
+        """Of what was rounded, and of results and gradients."""
+        return self.gradient.dtype
+
+
+def fp8_activations(x: Float[Array, "*batch k"] | Fp8, block_size: int | None = 128) -> Fp8:
+    """x in e4m3 with a scale for every `block_size` numbers along its last axis, or one for all of it if None; what is
+    rounded already, as it is."""
+    return x if isinstance(x, Fp8) else _rounded(x, side(block_size, 0, 1), True)
+
+
+def fp8_weights(w: Float[Array, "*stack rows columns"] | Fp8, block_size: int | None = 128) -> Fp8:
+    """w in e4m3 with a scale for each square of `block_size` (DeepSeek-V3, arXiv 2412.19437), or one for each matrix
+    if None; what is rounded already, as it is."""
+    return w if isinstance(w, Fp8) else _rounded(w, side(block_size, 1, 1), False)
+
+
+def side(block_size: int | None, rows: int, columns: int) -> Block:
+    """A block of this shape in units of the block size, in which 0 is one number."""
+    return None if block_size is None else (rows * block_size or 1, columns * block_size or 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _rounded(x: jax.Array, block: Block, flat: bool) -> Fp8:
+    matrices = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if flat else x
+    one = functools.partial(quantize, dtype=E4M3, block=block)
+    for _ in matrices.shape[2:]:
+        one = jax.vmap(one)
+    return Fp8(*one(matrices), zeros_varying_like(x.shape, x.dtype, x))
+
+
+_rounded.defvjp(lambda x, block, flat: (_rounded(x, block, flat), None), lambda block, flat, _, g: (g.gradient,))
 
 
 @dataclass(frozen=True)
@@ -31,21 +77,17 @@ class _Settings:
 
     transposed: bool
     block_size: int | None
+    x_shape: tuple[int, ...]
+    dtype: Any
+    """Of x, and so of the result."""
     w_dtype: Any
     implementation: str | None
     interpret: Any
 
-    def block(self, rows: int, columns: int) -> Block:
-        """A block of this shape in units of the block size, in which 0 is one number."""
-        return None if self.block_size is None else (rows * self.block_size or 1, columns * self.block_size or 1)
-
     def multiply(self, a: Quantized, b: Quantized, transposed: bool, dtype: Any) -> jax.Array:
         """The product of two matrices in fp8."""
         return scaled_matmul(
-            a.values,
-            b.values,
-            a.scales,
-            b.scales,
+            *(a.values, b.values, a.scales, b.scales),
             block_size=self.block_size or 128,
             transposed=transposed,
             dtype=dtype,
@@ -55,8 +97,8 @@ class _Settings:
 
 
 def fp8_gemm(
-    x: Float[Array, "*batch k"],
-    w: Float[Array, "..."],
+    x: Float[Array, "*batch k"] | Fp8,
+    w: Float[Array, "..."] | Fp8,
     *,
     transposed: bool = False,
     block_size: int | None = 128,
@@ -65,51 +107,45 @@ def fp8_gemm(
 ) -> Float[Array, "*batch n"]:
     """`gemm` in fp8: y = x w with w [k, n], or y = x wᵀ with w [n, k] if `transposed`, in x's type.
 
-    x and the gradient of y have a scale for every `block_size` numbers along the axis that is contracted, w one for
-    every square of that side (DeepSeek-V3, arXiv 2412.19437); with block_size=None each matrix has one. The gradient of
-    w is in w's own type, unrounded if that is f32. Kept for the backward pass are `RESIDUALS`, in fp8. A block with an
-    infinity or a NaN gives NaN, forward and backward.
+    x and w are rounded as by `fp8_activations` and `fp8_weights` unless they are already; the gradient of y has, like
+    x, a scale for every `block_size` numbers along the axis that is contracted. The gradient of w is in w's own type,
+    unrounded if that is f32. Kept for the backward pass are x and w in fp8. A block with an infinity or a NaN gives
+    NaN, forward and backward.
 
     **Raises** ValueError where w is not a matrix of x's k, and where the implementation is unknown or has no kernel for
     the block size.
     """
-    check_shapes("fp8_gemm", x, w, transposed)
-    *batch, k = x.shape
-    rows, w = vary_alike((x.reshape(math.prod(batch), k), w))
+    check_shapes("fp8_gemm", x.shape, w.shape, transposed)
+    settings = _Settings(transposed, block_size, x.shape, x.dtype, w.dtype, implementation, interpret)
     with jax.named_scope("fp8_gemm"):
-        y = _product(rows, w, _Settings(transposed, block_size, w.dtype, implementation, interpret))
-    return y.reshape(*batch, y.shape[1])
+        x, w = vary_alike((fp8_activations(x, block_size), fp8_weights(w, block_size)))
+        y = _product(x, w, settings)
+    return y.reshape(*x.shape[:-1], y.shape[1])
 
 
 def _value(x, w, settings) -> jax.Array:
-    return _forward(x, w, settings)[0]
+    return settings.multiply(Quantized(*x[:2]), Quantized(*w[:2]), settings.transposed, settings.dtype)
 
 
 _product = jax.custom_vjp(_value, nondiff_argnums=(2,))
 
 
 def _forward(x, w, settings):
-    x_q = checkpoint_name(quantize(x, E4M3, settings.block(0, 1)), RESIDUALS[0])
-    w_q = checkpoint_name(quantize(w, E4M3, settings.block(1, 1)), RESIDUALS[1])
-    return settings.multiply(x_q, w_q, settings.transposed, x.dtype), (x_q, w_q)
+    return _value(x, w, settings), (Quantized(*x[:2]), Quantized(*w[:2]))
 
 
 def _backward(settings, saved, g):
     x_q, w_q = saved
-    dx = settings.multiply(quantize(g, E5M2, settings.block(0, 1)), w_q, not settings.transposed, g.dtype)
+    row, column = side(settings.block_size, 0, 1), side(settings.block_size, 1, 0)
+    dx = settings.multiply(quantize(g, E5M2, row), w_q, not settings.transposed, settings.dtype)
     # The gradient of w contracts rows, and so its blocks do. Those of x are scaled anew, which rounds no digit again:
     # scales are powers of two, and bf16 holds x.
-    x = dequantize(x_q, settings.block(0, 1), jnp.bfloat16)
+    x = dequantize(x_q, row, jnp.bfloat16)
     first, second = (x, E4M3), (g, E5M2)
     if settings.transposed:
         first, second = second, first
-    dw = settings.multiply(
-        quantize(first[0].T, first[1], settings.block(0, 1)),
-        quantize(*second, settings.block(1, 0)),
-        False,
-        settings.w_dtype,
-    )
-    return dx, dw
+    dw = settings.multiply(quantize(first[0].T, first[1], row), quantize(*second, column), False, settings.w_dtype)
+    return Fp8(None, None, dx.reshape(settings.x_shape)), Fp8(None, None, dw)  # pyright: ignore[reportArgumentType]
 
 
 _product.defvjp(_forward, _backward)

@@ -57,3 +57,11 @@ def test_inside_shard_map_with_replicated_weights():
         for shape, spec in (((8 * 100, 200), P("data")), ((200, 300), P()))
     ]
     assert scaled_products(topology.lower_for("v3", step, *avals, on=mesh).compile().as_text()) == 3
+
+
+def test_a_long_sum_of_many_parts_fits_small_memory():
+    """The gradient of a narrow weight over many rows: 32 parts of k, of which v3 holds what it adds up."""
+    x, w = aval((256, 4096), jnp.float8_e5m2), aval((4096, 768), jnp.float8_e4m3fn)
+    scales = aval((256, 32), jnp.float32), aval((32, 768), jnp.float32)
+    text = topology.lower_for("v3", kernels.scaled_matmul, x, w, *scales).compile().as_text()
+    assert scaled_products(text) == 1

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import kernels
 from kernels.gemm import pallas_tpu
 from kernels.gemm.blocks import Blocks, scaled_blocks, up
-from kernels.gemm.fp8 import RESIDUALS
 from kernels.tpu import GENERATIONS
 from tests.kernels import formats64 as exact
 from tests.kernels.comparison import normal
@@ -226,22 +225,27 @@ def test_the_automatic_choice_and_types():
     assert result["dx"].shape == x.shape
 
 
-def test_a_remat_policy_saves_what_is_multiplied_in_fp8():
-    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUALS)
+def test_what_is_rounded_once_serves_all_its_products():
+    """Kept once, in fp8, for two products; their gradients flow on together, in the type of what was rounded."""
+    x, weights, g = normal(0, (64, 256), jnp.bfloat16), normal(1, (2, 256, 128)), normal(2, (64, 128), jnp.bfloat16)
+    product = functools.partial(kernels.fp8_gemm, implementation="xla")
 
-    def layer(x, w):
-        return jnp.sum(jnp.tanh(kernels.fp8_gemm(jnp.sin(x), w, implementation="xla")))
+    def both(x, weights):
+        x = kernels.fp8_activations(jnp.sin(x))
+        return product(x, weights[0]) + product(x, weights[1])
 
-    def saved(fn):
-        pull = jax.eval_shape(lambda x, w: jax.vjp(fn, x, w)[1], jnp.ones((64, 256)), jnp.ones((256, 128)))
-        return [(it.shape, it.dtype) for it in jax.tree.leaves(pull)]
-
-    kept = saved(jax.checkpoint(layer, policy=policy))
-    fp8 = jnp.dtype(jnp.float8_e4m3fn)
-    assert ((64, 256), fp8) in kept and ((256, 128), fp8) in kept
-    f32 = sum(np.prod(shape) for shape, dtype in kept if dtype == jnp.float32)
-    # The layer's argument, of which it is computed again what is not multiplied, and the scales.
-    assert f32 == 64 * 256 + 64 * 2 + 2
+    y, pull = jax.vjp(both, x, weights)
+    dx, dw = pull(g)
+    _, alone = zip(*(jax.vjp(lambda x, w: product(jnp.sin(x), w), x, w) for w in weights), strict=True)
+    (dx0, dw0), (dx1, dw1) = (pull(g) for pull in alone)
+    np.testing.assert_array_equal(dw, jnp.stack([dw0, dw1]))
+    # Added before the slope of what x went through, and not after.
+    np.testing.assert_allclose(dx.astype(float), (dx0 + dx1).astype(float), rtol=0.02, atol=0.02 * float(abs(dx).max()))
+    assert y.dtype == dx.dtype == x.dtype and dw.dtype == weights.dtype
+    saved = [
+        (it.shape, it.dtype) for it in jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(both, *a)[1], x, weights))
+    ]
+    assert saved.count(((64, 256), jnp.dtype(jnp.float8_e4m3fn))) == 1
 
 
 def test_errors():

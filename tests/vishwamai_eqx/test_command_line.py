@@ -21,7 +21,7 @@ REFUSED = [
     ("--steps x", "steps='x' must be a whole number; take a number."),
     ("--steps 1e3", "steps='1e3' must be a whole number; take 1000."),
     ("--steps 3 4", "--steps takes one value and got 2: '3 4'; quote a value with spaces."),
-    ("--model.remat fulll", "model.remat='fulll' must be one of none, dots, full; take full."),
+    ("--model.remat fulll", "model.remat='fulll' must be one of none, dots, inputs, full; take full."),
     ("--attention flash", "attention='flash' must be one of auto, reference, xla, pallas_tpu; take "),
     ("--foo", "--foo is not a setting; take --help for all of them."),
     ("--json", "json=True must be given with dry_run, of which it is a form; take both."),
@@ -76,6 +76,8 @@ def test_refusals_are_sentences_and_exit_code_2(arguments, sentence, tmp_path, c
 @pytest.mark.parametrize("program", [train, generate])
 def test_help_fits_a_terminal_and_keeps_its_examples_apart(program, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
+    # Usage begins with the program's name, which here would be that of pytest.
+    monkeypatch.setattr("sys.argv", [f"{program.__name__}.py"])
     with pytest.raises(SystemExit) as ended:
         program.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
