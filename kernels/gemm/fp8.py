@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 from kernels.compat import vary_alike, zeros_varying_like
 from kernels.gemm.api import check_shapes, scaled_matmul
 from kernels.gemm.formats import E4M3, E5M2
-from kernels.gemm.quantize import Block, Quantized, dequantize, quantize
+from kernels.gemm.quantize import Block, Quantized, quantize, widen
 
 
 class Fp8(NamedTuple):
@@ -140,11 +140,12 @@ def _backward(settings, saved, g):
     dx = settings.multiply(quantize(g, E5M2, row), w_q, not settings.transposed, settings.dtype)
     # The gradient of w contracts rows, and so its blocks do. Those of x are scaled anew, which rounds no digit again:
     # scales are powers of two, and bf16 holds x.
-    x = dequantize(x_q, row, jnp.bfloat16)
+    x = widen(x_q, row, jnp.bfloat16)
     first, second = (x, E4M3), (g, E5M2)
     if settings.transposed:
         first, second = second, first
-    dw = settings.multiply(quantize(first[0].T, first[1], row), quantize(*second, column), False, settings.w_dtype)
+    values, scales = quantize(*first, column)
+    dw = settings.multiply(Quantized(values.T, scales.T), quantize(*second, column), False, settings.w_dtype)
     return Fp8(None, None, dx.reshape(settings.x_shape)), Fp8(None, None, dw)  # pyright: ignore[reportArgumentType]
 
 

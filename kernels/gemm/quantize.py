@@ -57,14 +57,17 @@ def quantize(
 
     **Raises** ValueError for a type that is no 8-bit format, and scales whose shape is not that of the blocks.
     """
-    it, x = format_of(dtype), x.astype(jnp.float32)
-    largest = block_maxima(x, block)
+    it, largest = format_of(dtype), block_maxima(x, block)
     if scales is None:
         used = scales_of(largest, dtype)
     else:
         _check_scales(scales, largest)
         used = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
-    scaled = x / spread(used, x.shape, block)
+    if scales is None and it.power_of_two:
+        # What is multiplied by NaN in the end may be anything here.
+        scaled = times_powers(x, 1 / jnp.where(jnp.isnan(used), 1.0, used), block)
+    else:
+        scaled = x.astype(jnp.float32) / spread(used, x.shape, block)
     return Quantized(_rounded(scaled, it), used)
 
 
@@ -76,15 +79,28 @@ def dequantize(
     return (values.astype(jnp.float32) * spread(scales, values.shape, block)).astype(dtype)
 
 
+def widen(quantized: Quantized, block: Block, dtype: DTypeLike) -> Float[Array, "rows columns"]:
+    """`dequantize` of a format whose scales are powers of two: faster on TPUs, but a NaN reaches all of its row."""
+    return times_powers(quantized.values, quantized.scales, block).astype(dtype)
+
+
 def block_maxima(x: Float[Array, "rows columns"], block: Block) -> Float[Array, "row_blocks column_blocks"]:
     """The largest |x| of each block, in f32; NaN where the block has one. What a history of maxima is made of."""
-    magnitudes = jnp.abs(x.astype(jnp.float32))
+
+    # In x's type until they are few: XLA would store what several slices read.
+    def largest(part: jax.Array, axis: int | None) -> jax.Array:
+        return jnp.max(jnp.abs(part), axis=axis, initial=0.0).astype(jnp.float32)
+
     if block is None:
-        return jnp.max(magnitudes, initial=0.0, keepdims=True)
+        return largest(x, None).reshape(1, 1)
     (rows, columns), (high, wide) = x.shape, block
-    padded = jnp.pad(magnitudes, ((0, -rows % high), (0, -columns % wide)))
-    blocks = padded.reshape(padded.shape[0] // high, high, padded.shape[1] // wide, wide)
-    return jnp.max(blocks, axis=(1, 3), initial=0.0)
+    if high > 1:
+        padded = jnp.pad(x, ((0, -rows % high), (0, 0)))
+        x = largest(padded.reshape(padded.shape[0] // high, high, columns), 1)
+    if wide == 1 or columns == 0:
+        return jnp.abs(x).astype(jnp.float32)
+    # Slice by slice: for a reduction of blocks along the lanes XLA lays all of x out anew on TPUs, in f32.
+    return jnp.stack([largest(x[:, start : start + wide], 1) for start in range(0, columns, wide)], axis=1)
 
 
 def scales_of(largest: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
@@ -115,6 +131,27 @@ def spread(
     for axis, side in enumerate(block or ()):
         scales = jnp.repeat(scales, side, axis) if scales.shape[axis] != 1 else scales
     return jnp.broadcast_to(scales[: shape[0], : shape[1]], shape)
+
+
+def times_powers(
+    x: Shaped[Array, "rows columns"], scales: Float[Array, "row_blocks column_blocks"], block: Block
+) -> Float[Array, "rows columns"]:
+    """x, of any type, times scales that are powers of two, in f32 and exact; a NaN of them reaches all of its row.
+
+    What `spread` repeats XLA lays out anew on TPUs, in f32. Along the columns a product with ones does it in one pass
+    of bf16, which is fused with this one, and along whole blocks of rows another shape.
+    """
+    (rows, columns), (high, wide) = x.shape, block or x.shape
+    if 1 not in (wide, scales.shape[1]):
+        own = jnp.arange(columns) // wide == jnp.arange(scales.shape[1])[:, None]
+        ones = own.astype(jnp.bfloat16)
+        scales = lax.dot(scales.astype(jnp.bfloat16), ones, preferred_element_type=jnp.float32)
+    if high > 1 and len(scales) > 1:
+        if rows % high:
+            return x.astype(jnp.float32) * jnp.repeat(scales, high, axis=0)[:rows]
+        parts = x.reshape(-1, high, columns).astype(jnp.float32) * scales[:, None, :]
+        return parts.reshape(rows, columns)
+    return x.astype(jnp.float32) * scales
 
 
 def _rounded(scaled: jax.Array, it: Format) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from kernels.compat import vary_alike
 from kernels.gemm.formats import E5M2
 from kernels.gemm.fp8 import Fp8, fp8_activations, fp8_weights, side
-from kernels.gemm.quantize import Block, Quantized, dequantize, quantize
+from kernels.gemm.quantize import Block, Quantized, quantize, widen
 from kernels.grouped_matmul.api import grouped_matmul
 
 
@@ -39,8 +39,8 @@ class _Settings:
 
     def wide(self, x: Quantized, w: Quantized) -> tuple[jax.Array, jax.Array]:
         """Both in the type of the results, in which each number is what it is in fp8."""
-        one = functools.partial(dequantize, block=side(self.block_size, 1, 1), dtype=self.dtype)
-        return dequantize(x, self.row, self.dtype), jax.vmap(one)(w)
+        one = functools.partial(widen, block=side(self.block_size, 1, 1), dtype=self.dtype)
+        return widen(x, self.row, self.dtype), jax.vmap(one)(w)
 
 
 def fp8_grouped_matmul(
@@ -77,7 +77,7 @@ def _forward(x, w, group_sizes, settings):
 def _backward(settings, saved, g):
     x, w, group_sizes = saved
     _, pull = jax.vjp(lambda x, w: settings.multiply(x, w, group_sizes), *settings.wide(x, w))
-    dx, dw = pull(dequantize(quantize(g, E5M2, settings.row), settings.row, g.dtype))
+    dx, dw = pull(widen(quantize(g, E5M2, settings.row), settings.row, g.dtype))
     return Fp8(None, None, dx), Fp8(None, None, dw.astype(settings.rhs_dtype)), None  # pyright: ignore[reportArgumentType]
 
 
