@@ -251,7 +251,7 @@ def test_signatures_of_the_contract(owner):
 
 
 def test_configuration_and_constructor_use_the_same_names():
-    arguments = set(inspect.signature(VishwamAI.__init__).parameters) - {"self", "key", "compute_dtype"}
+    arguments = set(inspect.signature(VishwamAI.__init__).parameters) - {"self", "key", "compute_dtype", "fp8"}
     assert set(ModelConfig.__dataclass_fields__) == arguments
 
 
