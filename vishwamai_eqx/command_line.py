@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from vishwamai_eqx import gemma_config
+from vishwamai_eqx import gemma_names
 from vishwamai_eqx.config import PRESETS, Config, ProcessesConfig, from_dict, nearest, to_dict
 
 Settings = TypeVar("Settings")
@@ -89,7 +89,7 @@ def parse_settings(kind: type[Settings], argv: Sequence[str], default: Settings,
 
 def _fine_tuning(base: Config, folder: Path) -> Config:
     """What fine-tunes the Gemma of a folder where nothing else is said; ValueError if there is none."""
-    gemma = gemma_config.read(folder)
+    gemma = gemma_names.configuration(folder)
     length = min(base.model.max_seq_len, gemma.max_position_embeddings)
     model = dataclasses.replace(base.model, **gemma.model_settings, max_seq_len=length, remat="full")
     optim = dataclasses.replace(base.optim, learning_rate=FINE_TUNING_RATE)

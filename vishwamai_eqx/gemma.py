@@ -17,7 +17,7 @@ from vishwamai_eqx import gemma_config, huggingface_model
 from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
 from vishwamai_eqx.config import Remat
 from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
-from vishwamai_eqx.gemma_names import names
+from vishwamai_eqx.gemma_names import configuration, names
 from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, rotary_angles, wide
 from vishwamai_eqx.loss import capped
 from vishwamai_eqx.mesh import gather
@@ -163,7 +163,7 @@ class Decoder(eqx.Module):
             period_probes = period_probes.reshape(repeats, config.period)
         turned = {
             "full_attention": (config.rope_theta, config.rope_factor),
-            "sliding_attention": (config.rope_local_theta, 1.0),
+            "sliding_attention": (config.rope_local_theta, config.rope_local_factor),
         }
 
         def kind_angles(kind: LayerKind) -> Angles:
@@ -287,7 +287,7 @@ def load(
     **Raises** ValueError for a folder that is incomplete, damaged, or another model's.
     """
     path = Path(path)
-    config = gemma_config.read(path)
+    config = configuration(path)
     if (path / "tokenizer.model").exists():
         tokenizer(path)
     compute = jnp.dtype(dtype if compute_dtype is None else compute_dtype).name

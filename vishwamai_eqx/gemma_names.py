@@ -1,10 +1,12 @@
-"""What the arrays of a Gemma are called in the files of Hugging Face."""
+"""What the arrays of a Gemma are called in the files of Hugging Face, and which of them a folder has."""
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from vishwamai_eqx import huggingface_model
+from vishwamai_eqx import gemma_config, huggingface_model
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.layers import TPUGEMMLinear
 
@@ -30,14 +32,30 @@ _POST_NORMS = {
 }
 
 
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def configuration(folder: Path) -> GemmaConfig:
+    """The configuration of a folder as its files have it: where they hold another head than the embedding, the head is
+    not tied, whatever config.json says. So does transformers.
+
+    **Raises** ValueError where there is none, or it is another model's.
+    """
+    config = gemma_config.read(folder)
+    if config.tie_word_embeddings and huggingface_model.files_in(folder):
+        tied = not huggingface_model.differ(folder, _EMBEDDING, _HEAD)
+        return dataclasses.replace(config, tie_word_embeddings=tied)
+    return config
+
+
 def names(decoder: Any) -> Any:
     """A tree like `decoder`, a `gemma.Decoder`, of the `huggingface_model.Source` of each array."""
     config: GemmaConfig = decoder.config
     fields = _FIELDS | (_POST_NORMS if config.has_post_norms else _NORMS)
     outside = {
-        "embedding": "model.embed_tokens.weight",
+        "embedding": _EMBEDDING,
         "norm": "model.norm.weight",
-        "untied_head": "lm_head.weight",
+        "untied_head": _HEAD,
     }
 
     def source(path: tuple[Any, ...], leaf: Any) -> huggingface_model.Source:

@@ -96,6 +96,10 @@ class Weights:
             shown = problems[:5] + [f"... and {len(problems) - 5} more"] * (len(problems) > 5)
             raise ValueError("\n".join(shown))
 
+    def shape(self, name: str) -> list[int] | None:
+        """The shape of a tensor; None if there is no such."""
+        return list(self._tensors[name].get_shape()) if name in self._tensors else None
+
     def slice(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor, read from its file."""
         return self._tensors[name][index]
@@ -120,13 +124,14 @@ def _files(folder: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{index}: not an index of safetensors files ({error!r}); fetch it again.") from None
     if outside:
         raise ValueError(f"{index}: names {outside[0]!r}, which is not a file of this folder; fetch it again.")
-    missing = [name for name in names if not (folder / name).exists()]
+    present = {entry.name for entry in folder.iterdir()}
+    missing = [name for name in names if name not in present]
     if missing:
-        raise ValueError(f"{folder}: {missing[0]} is missing, which {INDEX} names; fetch it.")
+        raise ValueError(f"{folder}: {missing[0][:100]} is missing, which {INDEX} names; fetch it.")
     return [folder / name for name in names]
 
 
@@ -145,6 +150,20 @@ def read(folder: Path, abstract: Tree, sources: Any, dtype: np.dtype, shardings:
             for leaf, origin, place in zip(leaves, origins, places, strict=True)
         ]
         return jax.tree.unflatten(structure, jax.block_until_ready(arrays))
+
+
+def differ(folder: Path, one: str, other: str) -> bool:
+    """Whether a folder holds both of two tensors, and they are not the same."""
+    with contextlib.ExitStack() as stack:
+        weights = Weights(folder, stack)
+        shape = weights.shape(one)
+        if shape is None or weights.shape(other) is None:
+            return False
+        if shape != weights.shape(other) or not shape:
+            return True
+        # As bytes: a NaN is the same as itself here.
+        parts = ((slice(start, min(start + _COLUMNS, shape[0])),) for start in range(0, shape[0], _COLUMNS))
+        return any(weights.slice(one, part).tobytes() != weights.slice(other, part).tobytes() for part in parts)
 
 
 def check(folder: Path, abstract: Any, sources: Any) -> None:

@@ -197,13 +197,91 @@ def test_an_untied_head_and_half_precision_files_are_read(tmp_path):
     head = np.random.default_rng(0).normal(size=tensors["model.embed_tokens.weight"].shape)
     tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     save_file(tensors | {"lm_head.weight": head.astype(np.float16)}, tmp_path / "model.safetensors")
-    # A tied model does not look at it.
-    assert gemma.load(tmp_path).decoder.untied_head is None
     described = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": False}))
-    untied = gemma.load(tmp_path).decoder.untied_head
-    assert untied is not None
-    np.testing.assert_array_equal(untied.weight, head.astype(np.float16).astype(np.float32))
+    # As in transformers, a head that is not the embedding's is the model's, whatever the configuration says.
+    for tied in (True, False):
+        (tmp_path / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": tied}))
+        untied = gemma.load(tmp_path).decoder.untied_head
+        assert untied is not None
+        np.testing.assert_array_equal(untied.weight, head.astype(np.float16).astype(np.float32))
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    assert gemma.load(tmp_path).decoder.untied_head is None
+
+
+def described_as(tmp_path, content):
+    (tmp_path / "config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return gemma_config.read(tmp_path)
+
+
+def test_what_a_file_leaves_out_is_its_familys(tmp_path):
+    """The hub's file of a Gemma 3 that sees says no more of its text than this; sizes are those of transformers."""
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+    config = described_as(tmp_path, {"model_type": "gemma3", "text_config": text})
+    assert (config.vocab_size, config.head_dim, config.max_position_embeddings) == (262_208, 256, 131_072)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.period) == (8, 4, 6)
+    assert (config.rope_theta, config.rope_factor) == (1e6, 8.0)
+    assert (config.rope_local_theta, config.rope_local_factor) == (1e4, 1.0)
+
+
+SHAPE = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6, "head_dim": 16}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rope", "full", "sliding"),
+    [
+        ("gemma2", {"rope_parameters": LINEAR}, (1e4, 4.0), (1e4, 4.0)),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": LINEAR}}, (1e6, 1.0), (1e4, 4.0)),
+        ("gemma3_text", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, (1e6, 1.0), (1e4, 1.0)),
+        ("gemma3_text", {"rope_theta": None, "rope_local_base_freq": 5e3}, (1e6, 1.0), (5e3, 1.0)),
+    ],
+)
+def test_rotary_positions_of_full_and_of_sliding_layers(model_type, rope, full, sliding, tmp_path):
+    config = described_as(tmp_path, {"model_type": model_type, **SHAPE, **rope})
+    assert (config.rope_theta, config.rope_factor) == full
+    assert (config.rope_local_theta, config.rope_local_factor) == sliding
+    assert described_as(tmp_path, gemma_config.describe(config, "float32")) == config
+
+
+def test_what_training_elsewhere_reads_is_written_again(tmp_path):
+    given = {"eos_token_id": [1, 106], "initializer_range": 0.05, "use_cache": False}
+    config = described_as(tmp_path, {"model_type": "gemma3_text", **SHAPE, **given})
+    written = gemma_config.describe(config, "float32")
+    assert {name: written[name] for name in given} == given
+
+
+IMPOSSIBLE = {
+    "num_hidden_layers": ("8", 8.0, 10**9, None, True),
+    "hidden_size": (None, 10**400),
+    "head_dim": (None,),
+    "layer_types": (5, [[]] * 6, [1] * 6),
+    "sliding_window": (None, 0),
+    "sliding_window_pattern": ("x", 2.5, -1),
+    "rope_parameters": ("x", [1], {"full_attention": "x"}, {"rope_theta": 0}, {"partial_rotary_factor": 0.5}),
+    "rope_scaling": ([1], {"type": "linear"}, {"type": "linear", "factor": "x"}, {"type": "linear", "factor": 0}),
+    "rope_theta": ("x", [1], -1.0),
+    "eos_token_id": ([], ["a"]),
+    "model_type": ([], {}, None),
+    "hidden_activation": (["gelu"], {"a": 1}),
+    "rms_norm_eps": (0, -1.0, float("nan")),
+    "final_logit_softcapping": (0.0, -5.0, float("nan")),
+    "attn_logit_softcapping": (50.0,),
+    "query_pre_attn_scalar": (0, 2.5),
+    "max_position_embeddings": (0,),
+    "tie_word_embeddings": (1, "yes"),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_impossible_values_are_refused_with_file_and_name(name, tmp_path):
+    for value in IMPOSSIBLE[name]:
+        with pytest.raises(ValueError, match=r"config\.json: .") as refused:
+            described_as(tmp_path, {"model_type": "gemma3_text", **SHAPE, name: value})
+        assert name in str(refused.value) or name.startswith("rope"), value
+    with pytest.raises(ValueError, match=r"config\.json: not readable"):
+        described_as(tmp_path, "[" * 100_000)
 
 
 def described(**changes):
@@ -274,6 +352,7 @@ REFUSED = {
         shards({"a": "../../etc/passwd"}),
         "names '../../etc/passwd', which is not a file of this folder",
     ),
+    "a name too long for a file": (shards({"a": "x" * 5000}), "is missing, which model.safetensors.index.json names"),
     "an index of nothing": (shards([]), "not an index of safetensors files"),
     "a truncated header": (header(b"\x10\0\0\0\0\0\0\0{"), "model.safetensors: damaged or incomplete"),
     "a header as long as memory": (header(b"\xff" * 8 + b"{}"), "model.safetensors: damaged or incomplete"),
