@@ -38,6 +38,7 @@ from vishwamai_eqx import (
     optim,
     processes,
     run,
+    saved_config,
     skip,
     state,
 )
@@ -332,7 +333,9 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         current = checkpoints.restore(abstract) or new_state()
         first = int(current.step)
         if processes.primary():
-            command_line.write_config(config)
+            for sentence in saved_config.write(config):
+                log.event("configuration_damaged", sentence, step=first)
+                console.print(sentence, highlight=False, markup=False)
         refusals.end()
         watchdog.step(first)
         signals.waits = True

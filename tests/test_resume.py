@@ -1,5 +1,6 @@
 """A run that was killed comes back with the numbers it would have had: to the last bit, or on another mesh to 1e-9."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 import train
-from tests.histories import SETTINGS, numbers, stored, text
+from tests.histories import SETTINGS, events, numbers, stored, text
 from tests.small import MIXED, random_batch, small
-from vishwamai_eqx import data, optim, state
+from vishwamai_eqx import command_line, data, optim, state
 from vishwamai_eqx.checkpoint import Checkpoints, steps
 from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
@@ -61,9 +62,22 @@ def killed(tmp_path_factory, corpus):
     return runs
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus, killed):
+    """A function that gives the run on a mesh that nobody killed."""
+
+    @functools.cache
+    def run(mesh: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("whole") / "run"
+        assert train.main(arguments(run_dir, corpus, mesh)) == 0
+        return run_dir
+
+    return run
+
+
 @pytest.mark.parametrize("mesh", MESHES)
-def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, tmp_path, corpus, killed, capsys):
-    assert train.main(arguments(tmp_path / "run", corpus, mesh)) == 0
+def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, corpus, killed, whole, capsys):
+    expected = whole(mesh)
     run_dir, process = killed[mesh]
     _, errors = process.communicate(timeout=500)
     assert process.returncode == -9, errors
@@ -73,10 +87,36 @@ def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, tmp_path, corpus, killed
     rows, evals = numbers(run_dir)
     assert [row[0] for row in rows] == list(range(1, 41)) and [row[0] for row in evals] == [20, 40]
     assert len({row[1] for row in rows}) == len({row[5] for row in rows}) == 40
-    assert (rows, evals) == numbers(tmp_path / "run")
-    ours, theirs = stored(run_dir, 40), stored(tmp_path / "run", 40)
+    assert (rows, evals) == numbers(expected)
+    ours, theirs = stored(run_dir, 40), stored(expected, 40)
     assert [name for name in theirs if theirs[name].tobytes() != ours[name].tobytes()] == []
     assert {name.split("/")[0] for name in theirs} == {"model", "opt_state", "watch", "step"}
+
+
+@pytest.fixture
+def left(tmp_path, killed):
+    """The folder of a run of 40 steps that was killed after step 20."""
+    run_dir, process = killed["data=1"]
+    process.wait(500)
+    copied = tmp_path / "left"
+    shutil.copytree(run_dir, copied)
+    shutil.rmtree(copied / "checkpoints" / "40", ignore_errors=True)
+    return copied
+
+
+def test_a_changed_config_json_changes_no_number(left, whole, capsys):
+    """Its checkpoints say what a run was started with."""
+    settings = (left / "config.json").read_text()
+    changed = settings.replace('"learning_rate": 0.004', '"learning_rate": 0.005')
+    assert changed != settings
+    (left / "config.json").write_text(changed)
+    assert train.main(["--run-dir", str(left)]) == 0
+    assert numbers(left) == numbers(whole("data=1"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "config.json has optim.learning_rate=0.005; the run was saved with 0.004 and goes on with it" in said
+    assert [step for kind, step, _ in events(left) if kind == "configuration_damaged"] == [20, 20]
+    assert (left / "config.json.damaged").read_text() == changed
+    assert command_line.parse(["--run-dir", str(left)]).optim.learning_rate == 0.004
 
 
 def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):

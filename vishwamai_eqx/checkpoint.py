@@ -327,14 +327,16 @@ def read(
 
 def check_origin(directory: Path, fingerprints: Mapping[str, str]) -> None:
     """Refuse, as `restore` would, what the newest checkpoint has not learned from; nothing of its state is read."""
-    for newest in sorted(steps(directory))[-1:]:
-        folder = directory / str(newest)
-        try:
-            about = manifest.read(folder)
-        except (manifest.DamagedError, OSError):
-            # Which is the last good one is for `restore` to find.
-            return
-        _same_origin(folder, about, fingerprints)
+    if (found := newest(directory)) is not None:
+        _same_origin(*found, fingerprints)
+
+
+def newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder and the manifest of the newest checkpoint with a whole one; whether its files are, `restore` finds."""
+    for step in sorted(steps(directory), reverse=True):
+        with contextlib.suppress(manifest.DamagedError, OSError):
+            return directory / str(step), manifest.read(directory / str(step))
+    return None
 
 
 def steps(directory: Path) -> list[int]:
