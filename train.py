@@ -245,6 +245,7 @@ def set_up(config: Config) -> Setup:
     length, rows = config.model.max_seq_len, config.optim.batch_size
     with processes.together():
         dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+        checkpoint.check_origin(config.run_dir / "checkpoints", dataset.fingerprints)
     shardings, transform = jax.tree.map(lambda leaf: leaf.sharding, abstract), optim.optimizer(config.optim)
     return Setup(
         dataset,

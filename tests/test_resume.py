@@ -59,7 +59,10 @@ def killed(tmp_path_factory, corpus):
         environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         runs[mesh] = (run_dir, process)
-    return runs
+    yield runs
+    for _, process in runs.values():
+        process.wait(500)
+        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -119,20 +122,34 @@ def test_a_changed_config_json_changes_no_number(left, whole, capsys):
     assert command_line.parse(["--run-dir", str(left)]).optim.learning_rate == 0.004
 
 
-def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changed_data_is_refused_and_nothing_of_the_run_is_changed(left, corpus, capsys):
     """The settings are the same, and a file is not."""
-    run_dir, process = killed["data=1"]
-    process.wait(500)
-    victim = Path(corpus).parent / "7.txt"
-    before, settings = victim.read_text(), (run_dir / "config.json").read_text()
+    victim, there = Path(corpus).parent / "7.txt", contents(left)
+    before = victim.read_text()
     victim.write_text(before.replace("a", "b"))
     try:
-        assert train.main([*arguments(run_dir, corpus, "data=1"), "--eval.rows=16"]) == 2
+        assert train.main([*arguments(left, corpus, "data=1"), "--eval.rows=16"]) == 2
     finally:
         victim.write_text(before)
-    assert (run_dir / "config.json").read_text() == settings
+    assert contents(left) == there
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "fingerprint" in line]
     assert "have changed in mid-run; put them back, or take another --run-dir" in sentence
+
+
+def test_a_run_without_its_config_json_is_a_run(left, corpus, tmp_path, whole, capsys):
+    """What starts another one in its place is refused before anything of it, its tokenizer first, is overwritten."""
+    (left / "config.json").unlink()
+    other, there = tmp_path / "other", contents(left)
+    other.mkdir()
+    assert train.main(arguments(left, text(other), "data=1")) == 2
+    assert "another configuration: data.files=" in capsys.readouterr().err
+    assert contents(left) == there
+    assert train.main(["--run-dir", str(left)]) == 0
+    assert numbers(left) == numbers(whole("data=1"))
 
 
 def test_an_exchanged_tokenizer_is_refused_before_the_text_is_tokenized_with_it(
