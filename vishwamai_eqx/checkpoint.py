@@ -241,7 +241,7 @@ class Checkpoints:
             try:
                 sums = {name: value for part in parts for name, value in json.loads(part.read_text()).items()}
                 manifest.write(folder, sums, **about)
-                manifest.delete(final)
+                self._delete(about["step"])
                 os.rename(folder, final)
                 _sync(self.directory)
             except Exception as error:
@@ -276,7 +276,17 @@ class Checkpoints:
     def _prune(self) -> None:
         for step in sorted(steps(self.directory))[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                manifest.delete(self.directory / str(step))
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        folder = self.directory / str(step)
+        if folder.is_symlink():
+            # What it leads to is not the run's: deleting through it would take the manifest of somebody's archive.
+            aside = manifest.put_aside(folder)
+            message = f"{step} is a link, which no checkpoint is; it is now {aside.name}, and nothing was deleted"
+            self._on_event("checkpoint_damaged", message, step=step)
+        else:
+            manifest.delete(folder)
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint; the processes share the reading and agree on the answer."""
