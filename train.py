@@ -276,6 +276,12 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         highlight=False,
     )
 
+    def tell(kind: str, message: str, *, step: int | None = None) -> None:
+        """Log an event, and show it unless all is well: a damaged file, a save that failed, a run that hangs."""
+        log.event(kind, message, step=step)
+        if kind != "checkpoint":
+            console.print(message, highlight=False, markup=False)
+
     with (
         Logbook(
             config.run_dir,
@@ -291,9 +297,9 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
             keep_every=config.checkpoint.keep_every,
             configuration=to_dict(config),
             fingerprints=dataset.fingerprints,
-            on_event=log.event,
+            on_event=tell,
         ) as checkpoints,
-        Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=log.event) as watchdog,
+        Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=tell) as watchdog,
         progress(console) as bar,
         processes.bounded(),
         Refusals() as refusals,
@@ -335,8 +341,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         first = int(current.step)
         if processes.primary():
             for sentence in saved_config.write(config):
-                log.event("configuration_damaged", sentence, step=first)
-                console.print(sentence, highlight=False, markup=False)
+                tell("configuration_damaged", sentence, step=first)
         refusals.end()
         watchdog.step(first)
         signals.waits = True

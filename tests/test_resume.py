@@ -122,6 +122,19 @@ def test_a_changed_config_json_changes_no_number(left, whole, capsys):
     assert command_line.parse(["--run-dir", str(left)]).optim.learning_rate == 0.004
 
 
+def test_damaged_checkpoints_are_told_and_the_last_one_is_not_retrained(left, corpus, capsys):
+    shutil.copytree(left / "checkpoints" / "20", left / "checkpoints" / "30")
+    assert train.main(arguments(left, corpus, "data=1")) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "30/manifest.json is that of step 20; it is now 30.damaged and checkpoint 20 is used" in said
+    for step in ("20", "40"):
+        (left / "checkpoints" / step / "state" / "_METADATA").unlink()
+    rows, there = numbers(left), contents(left / "checkpoints")
+    assert train.main(arguments(left, corpus, "data=1")) == 2
+    assert "no good checkpoint left: 40/state/_METADATA is missing; 20/state/_METADATA" in capsys.readouterr().err
+    assert numbers(left) == rows and contents(left / "checkpoints") == there
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

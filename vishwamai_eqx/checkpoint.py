@@ -155,9 +155,10 @@ class Checkpoints:
         self._thread.start()
 
     def restore(self, abstract: State, *, step: int | None = None) -> State | None:
-        """The newest good checkpoint, or the one of `step`; None if there is none.
+        """The newest good checkpoint, or the one of `step`; None if there is none, good or not.
 
-        A damaged checkpoint is put aside and the one before it taken.
+        Damaged checkpoints after it are put aside. Where all are damaged none is touched: what is left of them may be
+        mended, and a run that began again without them would hide and then prune what it was.
 
         **Arguments**
 
@@ -166,12 +167,21 @@ class Checkpoints:
         - `step`: this one and no other.
 
         Raises ValueError if the leaves of the checkpoint are not those of `abstract`, the data or tokenizer that it
-        learned from are not these, `step` is not a good one, or files that are as they were written hold no state.
+        learned from are not these, `step` is not a good one, all are damaged, or files that are as they were written
+        hold no state.
         """
         self._join()
         wanted = arrays.by_name(abstract)
+        damaged: dict[int, str] = {}
         while True:
-            chosen = self._agree(step if step is not None else self.latest_step())
+            left = (number for number in steps(self.directory) if number not in damaged)
+            chosen = self._agree(step if step is not None else max(left, default=None))
+            if chosen is None and damaged:
+                reasons = "; ".join(f"{number}/{reason}" for number, reason in damaged.items())
+                raise ValueError(
+                    f"{self.directory} has no good checkpoint left: {reasons}. Put back what was there, or, to train "
+                    "from step 0 again, move these folders away or take another --run-dir."
+                )
             if chosen is None:
                 return None
             folder = self.directory / str(chosen)
@@ -181,11 +191,12 @@ class Checkpoints:
             if step is not None:
                 there = _those_of(self.directory)
                 raise ValueError(f"step={step} must be a good checkpoint of {self.directory}: {reason}; {there}")
-            if self._primary:
-                aside = manifest.put_aside(folder)
-                message = f"{folder.name}/{reason}; it is now {aside.name} and the checkpoint before it is used"
-                self._on_event("checkpoint_damaged", message, step=chosen)
-            self._agree(chosen)
+            damaged[chosen] = reason
+        if self._primary:
+            for number, reason in damaged.items():
+                aside = manifest.put_aside(self.directory / str(number))
+                message = f"{number}/{reason}; it is now {aside.name} and checkpoint {chosen} is used"
+                self._on_event("checkpoint_damaged", message, step=number)
         about = manifest.read(folder)
         arrays.compare(folder, about, wanted, whole=True)
         _same_origin(folder, about, self._about["fingerprints"])
