@@ -38,6 +38,7 @@ from vishwamai_eqx import (
     optim,
     processes,
     run,
+    saved_config,
     skip,
     state,
 )
@@ -244,6 +245,7 @@ def set_up(config: Config) -> Setup:
     length, rows = config.model.max_seq_len, config.optim.batch_size
     with processes.together():
         dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+        checkpoint.check_origin(config.run_dir / "checkpoints", dataset.fingerprints)
     shardings, transform = jax.tree.map(lambda leaf: leaf.sharding, abstract), optim.optimizer(config.optim)
     return Setup(
         dataset,
@@ -274,6 +276,12 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         highlight=False,
     )
 
+    def tell(kind: str, message: str, *, step: int | None = None) -> None:
+        """Log an event, and show it unless all is well: a damaged file, a save that failed, a run that hangs."""
+        log.event(kind, message, step=step)
+        if kind != "checkpoint":
+            console.print(message, highlight=False, markup=False)
+
     with (
         Logbook(
             config.run_dir,
@@ -289,9 +297,9 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
             keep_every=config.checkpoint.keep_every,
             configuration=to_dict(config),
             fingerprints=dataset.fingerprints,
-            on_event=log.event,
+            on_event=tell,
         ) as checkpoints,
-        Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=log.event) as watchdog,
+        Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=tell) as watchdog,
         progress(console) as bar,
         processes.bounded(),
         Refusals() as refusals,
@@ -332,7 +340,8 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         current = checkpoints.restore(abstract) or new_state()
         first = int(current.step)
         if processes.primary():
-            command_line.write_config(config)
+            for sentence in saved_config.write(config):
+                tell("configuration_damaged", sentence, step=first)
         refusals.end()
         watchdog.step(first)
         signals.waits = True

@@ -1,5 +1,6 @@
 """A run that was killed comes back with the numbers it would have had: to the last bit, or on another mesh to 1e-9."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -13,9 +14,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 import train
-from tests.histories import SETTINGS, numbers, stored, text
+from tests.histories import SETTINGS, events, numbers, stored, text
 from tests.small import MIXED, random_batch, small
-from vishwamai_eqx import data, optim, state
+from vishwamai_eqx import command_line, data, optim, state
 from vishwamai_eqx.checkpoint import Checkpoints, steps
 from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
@@ -58,12 +59,28 @@ def killed(tmp_path_factory, corpus):
         environment = {**os.environ, "PYTHONPATH": str(Path(train.__file__).parent)}
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         runs[mesh] = (run_dir, process)
-    return runs
+    yield runs
+    for _, process in runs.values():
+        process.wait(500)
+        process.stderr.close()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, corpus, killed):
+    """A function that gives the run on a mesh that nobody killed."""
+
+    @functools.cache
+    def run(mesh: str) -> Path:
+        run_dir = tmp_path_factory.mktemp("whole") / "run"
+        assert train.main(arguments(run_dir, corpus, mesh)) == 0
+        return run_dir
+
+    return run
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, tmp_path, corpus, killed, capsys):
-    assert train.main(arguments(tmp_path / "run", corpus, mesh)) == 0
+def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, corpus, killed, whole, capsys):
+    expected = whole(mesh)
     run_dir, process = killed[mesh]
     _, errors = process.communicate(timeout=500)
     assert process.returncode == -9, errors
@@ -73,26 +90,79 @@ def test_forty_steps_are_twenty_a_kill_and_twenty(mesh, tmp_path, corpus, killed
     rows, evals = numbers(run_dir)
     assert [row[0] for row in rows] == list(range(1, 41)) and [row[0] for row in evals] == [20, 40]
     assert len({row[1] for row in rows}) == len({row[5] for row in rows}) == 40
-    assert (rows, evals) == numbers(tmp_path / "run")
-    ours, theirs = stored(run_dir, 40), stored(tmp_path / "run", 40)
+    assert (rows, evals) == numbers(expected)
+    ours, theirs = stored(run_dir, 40), stored(expected, 40)
     assert [name for name in theirs if theirs[name].tobytes() != ours[name].tobytes()] == []
     assert {name.split("/")[0] for name in theirs} == {"model", "opt_state", "watch", "step"}
 
 
-def test_changed_data_is_refused(tmp_path, corpus, killed, capsys):
-    """The settings are the same, and a file is not."""
+@pytest.fixture
+def left(tmp_path, killed):
+    """The folder of a run of 40 steps that was killed after step 20."""
     run_dir, process = killed["data=1"]
     process.wait(500)
-    victim = Path(corpus).parent / "7.txt"
-    before, settings = victim.read_text(), (run_dir / "config.json").read_text()
+    copied = tmp_path / "left"
+    shutil.copytree(run_dir, copied)
+    shutil.rmtree(copied / "checkpoints" / "40", ignore_errors=True)
+    return copied
+
+
+def test_a_changed_config_json_changes_no_number(left, whole, capsys):
+    """Its checkpoints say what a run was started with."""
+    settings = (left / "config.json").read_text()
+    changed = settings.replace('"learning_rate": 0.004', '"learning_rate": 0.005')
+    assert changed != settings
+    (left / "config.json").write_text(changed)
+    assert train.main(["--run-dir", str(left)]) == 0
+    assert numbers(left) == numbers(whole("data=1"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "config.json has optim.learning_rate=0.005; the run was saved with 0.004 and goes on with it" in said
+    assert [step for kind, step, _ in events(left) if kind == "configuration_damaged"] == [20, 20]
+    assert (left / "config.json.damaged").read_text() == changed
+    assert command_line.parse(["--run-dir", str(left)]).optim.learning_rate == 0.004
+
+
+def test_damaged_checkpoints_are_told_and_the_last_one_is_not_retrained(left, corpus, capsys):
+    shutil.copytree(left / "checkpoints" / "20", left / "checkpoints" / "30")
+    assert train.main(arguments(left, corpus, "data=1")) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "30/manifest.json is that of step 20; it is now 30.damaged and checkpoint 20 is used" in said
+    for step in ("20", "40"):
+        (left / "checkpoints" / step / "state" / "_METADATA").unlink()
+    rows, there = numbers(left), contents(left / "checkpoints")
+    assert train.main(arguments(left, corpus, "data=1")) == 2
+    assert "no good checkpoint left: 40/state/_METADATA is missing; 20/state/_METADATA" in capsys.readouterr().err
+    assert numbers(left) == rows and contents(left / "checkpoints") == there
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changed_data_is_refused_and_nothing_of_the_run_is_changed(left, corpus, capsys):
+    """The settings are the same, and a file is not."""
+    victim, there = Path(corpus).parent / "7.txt", contents(left)
+    before = victim.read_text()
     victim.write_text(before.replace("a", "b"))
     try:
-        assert train.main([*arguments(run_dir, corpus, "data=1"), "--eval.rows=16"]) == 2
+        assert train.main([*arguments(left, corpus, "data=1"), "--eval.rows=16"]) == 2
     finally:
         victim.write_text(before)
-    assert (run_dir / "config.json").read_text() == settings
+    assert contents(left) == there
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if "fingerprint" in line]
     assert "have changed in mid-run; put them back, or take another --run-dir" in sentence
+
+
+def test_a_run_without_its_config_json_is_a_run(left, corpus, tmp_path, whole, capsys):
+    """What starts another one in its place is refused before anything of it, its tokenizer first, is overwritten."""
+    (left / "config.json").unlink()
+    other, there = tmp_path / "other", contents(left)
+    other.mkdir()
+    assert train.main(arguments(left, text(other), "data=1")) == 2
+    assert "another configuration: data.files=" in capsys.readouterr().err
+    assert contents(left) == there
+    assert train.main(["--run-dir", str(left)]) == 0
+    assert numbers(left) == numbers(whole("data=1"))
 
 
 def test_an_exchanged_tokenizer_is_refused_before_the_text_is_tokenized_with_it(

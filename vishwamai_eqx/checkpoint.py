@@ -155,9 +155,10 @@ class Checkpoints:
         self._thread.start()
 
     def restore(self, abstract: State, *, step: int | None = None) -> State | None:
-        """The newest good checkpoint, or the one of `step`; None if there is none.
+        """The newest good checkpoint, or the one of `step`; None if there is none, good or not.
 
-        A damaged checkpoint is put aside and the one before it taken.
+        Damaged checkpoints after it are put aside. Where all are damaged none is touched: what is left of them may be
+        mended, and a run that began again without them would hide and then prune what it was.
 
         **Arguments**
 
@@ -166,12 +167,21 @@ class Checkpoints:
         - `step`: this one and no other.
 
         Raises ValueError if the leaves of the checkpoint are not those of `abstract`, the data or tokenizer that it
-        learned from are not these, `step` is not a good one, or files that are as they were written hold no state.
+        learned from are not these, `step` is not a good one, all are damaged, or files that are as they were written
+        hold no state.
         """
         self._join()
         wanted = arrays.by_name(abstract)
+        damaged: dict[int, str] = {}
         while True:
-            chosen = self._agree(step if step is not None else self.latest_step())
+            left = (number for number in steps(self.directory) if number not in damaged)
+            chosen = self._agree(step if step is not None else max(left, default=None))
+            if chosen is None and damaged:
+                reasons = "; ".join(f"{number}/{reason}" for number, reason in damaged.items())
+                raise ValueError(
+                    f"{self.directory} has no good checkpoint left: {reasons}. Put back what was there, or, to train "
+                    "from step 0 again, move these folders away or take another --run-dir."
+                )
             if chosen is None:
                 return None
             folder = self.directory / str(chosen)
@@ -181,11 +191,12 @@ class Checkpoints:
             if step is not None:
                 there = _those_of(self.directory)
                 raise ValueError(f"step={step} must be a good checkpoint of {self.directory}: {reason}; {there}")
-            if self._primary:
-                aside = manifest.put_aside(folder)
-                message = f"{folder.name}/{reason}; it is now {aside.name} and the checkpoint before it is used"
-                self._on_event("checkpoint_damaged", message, step=chosen)
-            self._agree(chosen)
+            damaged[chosen] = reason
+        if self._primary:
+            for number, reason in damaged.items():
+                aside = manifest.put_aside(self.directory / str(number))
+                message = f"{number}/{reason}; it is now {aside.name} and checkpoint {chosen} is used"
+                self._on_event("checkpoint_damaged", message, step=number)
         about = manifest.read(folder)
         arrays.compare(folder, about, wanted, whole=True)
         _same_origin(folder, about, self._about["fingerprints"])
@@ -241,7 +252,7 @@ class Checkpoints:
             try:
                 sums = {name: value for part in parts for name, value in json.loads(part.read_text()).items()}
                 manifest.write(folder, sums, **about)
-                manifest.delete(final)
+                self._delete(about["step"])
                 os.rename(folder, final)
                 _sync(self.directory)
             except Exception as error:
@@ -276,7 +287,17 @@ class Checkpoints:
     def _prune(self) -> None:
         for step in sorted(steps(self.directory))[: -self.keep]:
             if not self.keep_every or step % self.keep_every:
-                manifest.delete(self.directory / str(step))
+                self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        folder = self.directory / str(step)
+        if folder.is_symlink():
+            # What it leads to is not the run's: deleting through it would take the manifest of somebody's archive.
+            aside = manifest.put_aside(folder)
+            message = f"{step} is a link, which no checkpoint is; it is now {aside.name}, and nothing was deleted"
+            self._on_event("checkpoint_damaged", message, step=step)
+        else:
+            manifest.delete(folder)
 
     def _damage(self, folder: Path) -> str | None:
         """What is wrong with a checkpoint; the processes share the reading and agree on the answer."""
@@ -327,14 +348,16 @@ def read(
 
 def check_origin(directory: Path, fingerprints: Mapping[str, str]) -> None:
     """Refuse, as `restore` would, what the newest checkpoint has not learned from; nothing of its state is read."""
-    for newest in sorted(steps(directory))[-1:]:
-        folder = directory / str(newest)
-        try:
-            about = manifest.read(folder)
-        except (manifest.DamagedError, OSError):
-            # Which is the last good one is for `restore` to find.
-            return
-        _same_origin(folder, about, fingerprints)
+    if (found := newest(directory)) is not None:
+        _same_origin(*found, fingerprints)
+
+
+def newest(directory: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The folder and the manifest of the newest checkpoint with a whole one; whether its files are, `restore` finds."""
+    for step in sorted(steps(directory), reverse=True):
+        with contextlib.suppress(manifest.DamagedError, OSError):
+            return directory / str(step), manifest.read(directory / str(step))
+    return None
 
 
 def steps(directory: Path) -> list[int]:

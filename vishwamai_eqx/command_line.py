@@ -3,38 +3,19 @@
 tyro makes the parser and the help of the dataclasses; what it would refuse one mistake at a time is looked for first.
 """
 
-import contextlib
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from vishwamai_eqx import gemma_names
-from vishwamai_eqx.config import PRESETS, Config, ProcessesConfig, from_dict, nearest, to_dict
+from vishwamai_eqx import gemma_names, saved_config
+from vishwamai_eqx.config import PRESETS, Config, ProcessesConfig, nearest, to_dict
 
 Settings = TypeVar("Settings")
-# Settings that may differ when a run is resumed: they change what is looked at, not what is computed. With those of
-# `guard` a run that stopped for too many skipped steps gets past them. What `gemma` holds is of the folder in `init`.
-FREE = (
-    "run_dir",
-    "gemma",
-    "mesh",
-    "dry_run",
-    "topology",
-    "plan",
-    "json",
-    "replay",
-    "checkpoint",
-    "eval",
-    "guard",
-    "processes",
-)
 # Peak learning rate where weights are trained already: a preset's own would undo them.
 FINE_TUNING_RATE = 2e-5
 
@@ -59,7 +40,7 @@ def parse(
     try:
         init = _value(argv, "--init")
         run_dir = _run_dir(_value(argv, "--run-dir"), Path(init).resolve().name if init else preset or "tiny")
-        saved = read_config(run_dir)
+        saved = saved_config.read(run_dir)
         fresh = saved is None or preset is not None
         base = PRESETS[preset or "tiny"] if fresh else saved
         base = _fine_tuning(base, Path(init)) if init and fresh else base
@@ -72,7 +53,9 @@ def parse(
     # Of another preset most settings differ, which its name says.
     held = {} if saved is None else to_dict(saved) if saved.preset == config.preset else {"preset": saved.preset}
     differences = [
-        f"{run_dir} is a run of another configuration: {line}" for line in _differences(held, to_dict(config))
+        f"{run_dir} is a run of another configuration: {name}={here!r} must be {then!r} as it was saved; "
+        "leave it out to resume, or take another --run-dir."
+        for name, then, here in saved_config.differences(held, to_dict(config))
     ]
     if mistakes := [*mistakes, *(differences or problems(config))]:
         raise ValueError("\n".join(mistakes))
@@ -109,43 +92,6 @@ def _run_dir(given: str | None, name: str) -> Path:
             "take another --run-dir."
         )
     return run_dir
-
-
-def read_config(run_dir: Path) -> Config | None:
-    """The configuration that a run was started with; None if there is no run."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        return None
-    try:
-        return from_dict(json.loads(path.read_text()))
-    except RecursionError:
-        raise ValueError(f"{path}: not a configuration of this version; use another --run-dir.") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: {error}; use another --run-dir.") from None
-
-
-def make_run_dir(run_dir: Path) -> None:
-    """Make the folder of a new run, before anything is computed for it; ValueError where it cannot be written."""
-    with _writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=run_dir).close()
-
-
-def write_config(config: Config) -> None:
-    """Save the configuration in its run directory; ValueError where it cannot be written."""
-    assert config.run_dir is not None
-    fresh = config.run_dir / "config.json.tmp"
-    with _writing(config.run_dir):
-        fresh.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-        fresh.replace(config.run_dir / "config.json")
-
-
-@contextlib.contextmanager
-def _writing(run_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"run_dir={str(run_dir)!r} cannot be written: {error}; take another --run-dir.") from None
 
 
 def flags(kind: type) -> dict[str, Any]:
@@ -275,17 +221,3 @@ def _value(argv: Sequence[str], flag: str) -> str | None:
         if name.replace("_", "-") == flag:
             found = value if equals else next(iter(argv[at + 1 :]), None)
     return found
-
-
-def _differences(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """A sentence for each setting of a run that cannot change under it."""
-    for name, value in saved.items():
-        if not prefix and name in FREE:
-            continue
-        if isinstance(value, dict):
-            yield from _differences(value, wanted[name], f"{prefix}{name}.")
-        elif value != wanted[name]:
-            yield (
-                f"{prefix}{name}={wanted[name]!r} must be {value!r} as it was saved; "
-                "leave it out to resume, or take another --run-dir."
-            )

@@ -47,7 +47,11 @@ _SEGMENT = re.compile(r"attempt-(\d+)(?:-from-(\d+))?\.jsonl")
 
 
 def _views(run_dir: Path) -> dict[str, str]:
-    """SQL of each view, with the absolute path of the segments in it: a relative one would follow the client about."""
+    """SQL of each view, with the absolute path of the segments in it.
+
+    A relative one would follow the client about, and one made of the database's own path DuckDB refuses: `read_json`
+    takes literals alone.
+    """
     folder = glob.escape(str(run_dir.resolve() / "metrics"))
     pattern = f"{folder}/attempt-*.jsonl".replace("'", "''")
     columns = ", ".join(f"'{name}': '{kind}'" for name, kind in _FIELDS.items())

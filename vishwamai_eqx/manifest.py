@@ -145,8 +145,8 @@ def put_aside(folder: Path) -> Path:
 
 
 def delete(folder: Path) -> None:
-    """Delete a folder, if it is there, manifest first: half a delete is no checkpoint."""
-    if folder.is_dir():
+    """Delete a folder, if it is there, manifest first: half a delete is no checkpoint. A link to one is left alone."""
+    if folder.is_dir() and not folder.is_symlink():
         (folder / NAME).unlink(missing_ok=True)
         going = folder.with_name(f"{folder.name}.deleted.tmp")
         remove(going)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vishwamai_eqx import checkpoint, huggingface_model
+from vishwamai_eqx import checkpoint, huggingface_model, saved_config
 from vishwamai_eqx.architecture import Model, abstract
-from vishwamai_eqx.command_line import make_run_dir, read_config
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.corpus import Corpus
 from vishwamai_eqx.mesh import gather
@@ -47,7 +46,7 @@ def load(run_dir: str | Path, *, step: int | None = None, cast: bool = True) -> 
 
 def configuration(run_dir: Path) -> Config:
     """What a run was started with; ValueError if there is none."""
-    config = read_config(run_dir)
+    config = saved_config.read(run_dir)
     if config is None:
         raise ValueError(f"run_dir={str(run_dir)!r} must be a run's: it has no config.json; train one with train.py.")
     return config
@@ -62,10 +61,10 @@ def make_tokenizer(config: Config, corpus: Corpus) -> None:
     assert config.run_dir is not None
     folder = config.run_dir / "tokenizer"
     # Without a configuration there is no run yet, and the tokenizer that a refused start left is not to be trusted.
-    if read_config(config.run_dir) is not None:
+    if saved_config.read(config.run_dir) is not None:
         return
     tokenizer = None if config.tokenizer is None else VishwamAITokenizer(config.tokenizer)
-    make_run_dir(config.run_dir)
+    saved_config.make_run_dir(config.run_dir)
     if tokenizer is not None:
         tokenizer.save(folder)
     else:

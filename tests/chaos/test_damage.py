@@ -127,7 +127,7 @@ def test_an_empty_step(victims):
         (
             "checkpoint_damaged",
             3,
-            "3/manifest.json is missing; it is now 3.damaged and the checkpoint before it is used",
+            "3/manifest.json is missing; it is now 3.damaged and checkpoint 2 is used",
         )
     ]
     assert sorted(checkpoint.steps(victim.directory)) == [1, 2]
@@ -181,13 +181,19 @@ def test_two_damaged_of_one_number(victims):
     assert (victim.directory / "2.damaged").exists() and (victim.directory / "2.damaged-2").exists()
 
 
-def test_nothing_good_is_nothing_restored(victims):
+def test_nothing_good_is_refused_and_stays(victims):
+    """Each time until somebody has looked: no run is begun again over what is left of it."""
     victim = victims()
-    for step in (1, 2):
-        delete(victim.directory / str(step) / "manifest.json", None)
+    (victim.directory / "1" / "manifest.json").unlink()
+    (victim.directory / "2" / "state" / "_METADATA").write_text("{")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"no good checkpoint left: 2/state/_METADATA has .*; 1/manifest\.json"):
+            victim.restore()
+    assert victim.events == []
+    assert {path.name for path in victim.directory.iterdir()} == {"1", "2", ".lock"}
+    for step in ("1", "2"):
+        (victim.directory / step).rename(victim.directory / f"{step}.away")
     assert victim.restore() is None
-    assert [event[1] for event in victim.events] == [2, 1]
-    assert {path.name for path in victim.directory.iterdir()} == {"1.damaged", "2.damaged", ".lock"}
 
 
 JSON = st.recursive(

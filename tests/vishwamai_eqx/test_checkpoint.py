@@ -236,6 +236,25 @@ def test_the_newest_stay_and_every_mth(opened, tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"40", "80", "90", "100", ".lock"}
 
 
+def test_what_a_link_leads_to_is_not_deleted(opened, events, tmp_path):
+    """Neither when checkpoints are pruned nor when a step is saved where a link is; the link is put aside."""
+    with opened() as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(step))
+    there = {}
+    for step in ("1", "2"):
+        (tmp_path / "checkpoints" / step).rename(tmp_path / f"archived-{step}")
+        (tmp_path / "checkpoints" / step).symlink_to(tmp_path / f"archived-{step}")
+        there |= {path: path.read_bytes() for path in (tmp_path / f"archived-{step}").rglob("*") if path.is_file()}
+    events.clear()
+    with opened(keep=1) as checkpoints:
+        checkpoints.save(2, state(2))
+    assert [event[:2] for event in events] == [("checkpoint_damaged", 2), ("checkpoint", 2), ("checkpoint_damaged", 1)]
+    assert "2 is a link, which no checkpoint is; it is now 2.damaged, and nothing was deleted" in events[0][2]
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "2.damaged", "1.damaged", ".lock"}
+    assert there == {path: path.read_bytes() for path in there} and len(there) > 8
+
+
 def test_due_by_steps_and_by_minutes(opened, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now[0])

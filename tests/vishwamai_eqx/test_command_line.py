@@ -9,7 +9,7 @@ import pytest
 import generate
 import train
 from tests.histories import text
-from vishwamai_eqx import command_line
+from vishwamai_eqx import command_line, saved_config
 from vishwamai_eqx.config import PRESETS, Config, from_dict, to_dict
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 from vishwamai_eqx.validation import problems
@@ -117,7 +117,7 @@ def test_all_mistakes_at_once(capsys):
 
 def test_a_run_of_another_configuration_is_refused(tmp_path, capsys):
     config = dataclasses.replace(PRESETS["tiny"], run_dir=tmp_path)
-    command_line.write_config(config)
+    saved_config.write(config)
     assert train.main(["--run-dir", str(tmp_path), "--model.num-layers", "5"]) == 2
     assert re.search(r"another configuration: model.num_layers=5 must be \d", capsys.readouterr().err)
     # Of another preset most settings differ, and its name says it.
@@ -162,7 +162,7 @@ def test_a_run_that_cannot_be_written_is_refused_before_a_tokenizer_is_trained(t
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(command_line, "TemporaryFile", full)
+    monkeypatch.setattr(saved_config, "TemporaryFile", full)
     monkeypatch.setattr(VishwamAITokenizer, "train", lambda *_: pytest.fail("the tokenizer is trained"))
     assert train.main(["--run-dir", str(tmp_path / "run"), "--data", text(tmp_path)]) == 2
     sentence = capsys.readouterr().err.strip()

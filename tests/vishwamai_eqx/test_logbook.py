@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,20 @@ def test_the_folder_can_be_moved(tmp_path):
     with duckdb.connect(str(moved / "metrics.duckdb"), read_only=True) as connection:
         assert connection.execute("SELECT loss FROM steps").fetchall() == [(1.0,)]
     assert {path.name for path in moved.iterdir()} == {"metrics", "metrics.duckdb"}
+
+
+@pytest.mark.parametrize("mend", [write_views, lambda run_dir: Logbook(run_dir, 1).close()])
+def test_a_copy_reads_its_own_rows_from_its_next_start_on(tmp_path, mend):
+    with Logbook(tmp_path / "original", 0) as log:
+        log.step(step=1, loss=1.0)
+    copied = shutil.copytree(tmp_path / "original", tmp_path / "copied")
+    with Logbook(tmp_path / "original", 1) as log:
+        log.step(step=2, loss=2.0)
+    assert losses(copied) == {1: 1.0}
+    mend(copied)
+    for run_dir, steps in ((copied, [(1,)]), (tmp_path / "original", [(1,), (2,)])):
+        with duckdb.connect(str(run_dir / "metrics.duckdb"), read_only=True) as connection:
+            assert connection.execute("SELECT step FROM steps").fetchall() == steps
 
 
 def test_only_process_0_writes(tmp_path):
