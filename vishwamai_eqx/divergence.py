@@ -121,7 +121,7 @@ def chunked(
         q = target(theirs, teacher_weight, read, vocabulary, softness)
         return add_up(sums, compare(products(weight, hidden), q, mask, weights, softness)), None
 
-    return jax.lax.scan(add, nothing(weights, mask), (hidden, theirs, read, mask))[0]
+    return jax.lax.scan(add, nothing(weights, mask, hidden.dtype), (hidden, theirs, read, mask))[0]
 
 
 def chunked_fwd(
@@ -146,7 +146,8 @@ def chunked_fwd(
         return (add_up(sums, found), dweight), dot(dlogits, weight, (0,), (0,)).astype(hidden.dtype)
 
     dweight = zeros_varying_like(weight.shape, wide(weight.dtype), weight)
-    (sums, dweight), dhidden = jax.lax.scan(add, (nothing(weights, mask), dweight), (hidden, theirs, read, mask))
+    zeros = nothing(weights, mask, hidden.dtype), dweight
+    (sums, dweight), dhidden = jax.lax.scan(add, zeros, (hidden, theirs, read, mask))
     return sums, (dhidden, dweight.astype(weight.dtype))
 
 
@@ -192,7 +193,7 @@ def compare(
 
     logits, _ = capped(logits, softness.softcap)
     alike = (jax.lax.stop_gradient(logits) == best(logits)) & (q == best(q))
-    agreement = mesh.max_over(alike.any(axis=0).astype(jnp.int32), "model") * mask
+    agreement = mesh.max_over(alike.any(axis=0).astype(logits.dtype), "model") * mask
     kl = summed(jnp.exp(q) * (q - normalised(jax.lax.stop_gradient(logits))))
 
     temperature, beta = softness.temperature, softness.beta
@@ -210,9 +211,9 @@ def compare(
     return total, (terms, Closeness(kl, agreement.sum()))
 
 
-def nothing(weights: Terms, like: Array) -> tuple[Array, tuple[Terms, Closeness]]:
-    """Zeros of the sums, which vary as `like` does."""
-    zero = zeros_varying_like((), wide(like.dtype), like)
+def nothing(weights: Terms, like: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Terms, Closeness]]:
+    """Zeros of the sums of what is of `dtype`, which vary as `like` does."""
+    zero = zeros_varying_like((), wide(dtype), like)
     return zero, (jax.tree.map(lambda _: zero, weights), Closeness(zero, zero))
 
 

@@ -22,7 +22,14 @@ class Pairs:
 
     student: Dataset
     teacher: VishwamAITokenizer
+    teacher_fingerprint: str
+    """Of the teacher's weights."""
     kind = PairedBatch
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that a run learns from."""
+        return {**self.student.fingerprints, "teacher": self.teacher_fingerprint}
 
     @property
     def batch_size(self) -> int:

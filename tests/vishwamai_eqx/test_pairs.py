@@ -54,7 +54,7 @@ def teacher(corpus, folder) -> VishwamAITokenizer:
 
 def pairs(corpus, folder, teacher, student) -> Pairs:
     dataset = data.prepare(corpus, student, seq_len=SEQ_LEN, batch_size=8, seed=3, cache_dir=folder)
-    return Pairs(dataset, teacher)
+    return Pairs(dataset, teacher, "weights")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_batch_is_a_function_of_its_number_and_of_rows(refined):
         read = [refined.batch(5, part) for part in parts]
         for field, pieces in zip(whole, zip(*read, strict=True), strict=True):
             np.testing.assert_array_equal(field, np.concatenate(pieces))
-    again = Pairs(refined.student, VishwamAITokenizer(refined.teacher.model_path)).batch(5)
+    again = Pairs(refined.student, VishwamAITokenizer(refined.teacher.model_path), "").batch(5)
     assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
     assert data.batch_hash(whole) != data.batch_hash(refined.batch(6))
 
