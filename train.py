@@ -41,6 +41,7 @@ from vishwamai_eqx import (
     saved_config,
     skip,
     state,
+    teaching,
 )
 from vishwamai_eqx.accounting import Clock
 from vishwamai_eqx.architecture import Model
@@ -62,7 +63,6 @@ from vishwamai_eqx.version import code_version
 from vishwamai_eqx.watchdog import Watchdog
 
 P = PartitionSpec
-ROWS = P(BATCH_AXES)  # of [rows, seq]
 MICROBATCHES = P(None, BATCH_AXES)  # of [microbatches, rows, seq]
 
 
@@ -84,19 +84,20 @@ class Metrics(eqx.Module):
     """Whether the step was skipped, and what was usual."""
     broken: nonfinite.Broken
     """Where numbers were not finite."""
+    told: teaching.Told | None
 
 
 def make_step(
-    config: Config, mesh: Mesh, specs: TrainState, transform: optax.GradientTransformation
+    config: Config, mesh: Mesh, specs: TrainState, transform: optax.GradientTransformation, *tutors: teaching.Tutor
 ) -> jax.stages.Wrapped:
-    """The training step, from a `TrainState` and a `Batch` to the next state and `Metrics`.
+    """The training step, from a `TrainState` and a `Batch`, and a teacher that lies so, to the next and `Metrics`.
 
     Gradients are summed over microbatches and devices, judged, clipped, and go through optax.
     """
     schedule = optim.learning_rate(config.optim)
 
     def loss(
-        model: Model, probes: Array, batch: Batch, tokens: Array, key: Array | None, first_row: Array
+        model: Model, probes: Array, batch: Batch, lesson: Any, tokens: Array, key: Array | None, first_row: Array
     ) -> tuple[Array, Any]:
         """A microbatch's part of the step's loss: sums over its rows, divided by what the whole step has."""
         # Once for both uses of a tied embedding, whose gradients are added before they cross the wire.
@@ -113,16 +114,18 @@ def make_step(
             probes=probes,
         )
         nll = token_loss(model, placement, hidden, batch) / tokens
+        objective, told = teaching.objective(lesson, nll, model, placement, hidden, batch)
         if not isinstance(router, RouterMetrics):  # of a dense model, or a Gemma
-            return nll, (nll, jnp.zeros(()), jnp.zeros(()), None)
+            return objective, (nll, jnp.zeros(()), jnp.zeros(()), None, told)
         router = sum_over(router, *BATCH_AXES)
         balance, z = (rows.mean() / config.optim.batch_size for rows in (router.balance, router.z))
-        total = nll + config.optim.balance_loss_weight * balance + config.optim.router_z_loss_weight * z
-        return total, (nll, balance, z, router.load)
+        total = objective + config.optim.balance_loss_weight * balance + config.optim.router_z_loss_weight * z
+        return total, (nll, balance, z, router.load, told)
 
-    def step(current: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(current: TrainState, batch: Batch, *tutor: teaching.Tutor) -> tuple[TrainState, Metrics]:
         tokens = sum_over((batch.segment_ids > 0).sum(dtype=jnp.float32), *BATCH_AXES)
         key = jax.random.fold_in(jax.random.key(config.seed), current.step) if config.model.dropout_rate else None
+        lesson = teaching.begin(config, tutor, tutors, batch, current.step)
         microbatches, rows = batch.tokens.shape[:2]
 
         # Nobody sums gradients over devices here. The loss is a sum over them already, and its transpose hands each
@@ -131,13 +134,14 @@ def make_step(
         def accumulate(gradients: tuple[Model, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             part, number = xs
             first_row = (number * size(*BATCH_AXES) + index(*BATCH_AXES)) * rows
-            more, metrics = jax.grad(loss, argnums=(0, 1), has_aux=True)(*variables, part, tokens, key, first_row)
+            differentiated = jax.grad(loss, argnums=(0, 1), has_aux=True)
+            more, metrics = differentiated(*variables, part, lesson, tokens, key, first_row)
             return jax.tree.map(jnp.add, gradients, more), metrics
 
         variables = current.model, jnp.zeros(config.model.num_layers + 1)
         zeros = jax.tree.map(jnp.zeros_like, variables)
         (gradients, probes), metrics = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(microbatches)))
-        nll, balance, z, load = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
+        nll, balance, z, load, told = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
 
         squares = optim.squares(gradients)
         norm = optim.global_norm(squares, specs.model)
@@ -160,15 +164,16 @@ def make_step(
             ),
             watch=watch,
             broken=broken,
+            told=told,
         )
         return TrainState(model, opt_state, watch, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
 
-    in_specs = (specs, on_mesh(MICROBATCHES, mesh))
+    in_specs = (specs, on_mesh(MICROBATCHES, mesh), *tutors)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=True)
     return jax.jit(sharded, donate_argnums=0)
 
 
-def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wrapped, tuple[TrainState, Batch]]:
+def abstract_step(config: Config, mesh: Mesh, dtype: str, vocabulary: Any = None) -> tuple[Any, tuple[Any, ...]]:
     """The step of a mesh that may not be here, and the shapes, types and placement of what it takes."""
     transform = optim.optimizer(config.optim)
     shapes = state.abstract_state(config, dtype, transform)
@@ -184,18 +189,9 @@ def abstract_step(config: Config, mesh: Mesh, dtype: str) -> tuple[jax.stages.Wr
         shapes,
         state.shardings(mesh, specs),
     )
-    return make_step(config, mesh, specs, transform), (abstract, Batch(*[batch] * len(Batch._fields)))
-
-
-def make_evaluate(mesh: Mesh, specs: Model) -> Callable[[Model, Batch], tuple[Array, Array]]:
-    """The sum of the cross-entropy in nats over a batch, and its tokens."""
-
-    def evaluate(model: Model, batch: Batch) -> tuple[Array, Array]:
-        hidden, _, _ = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, placement=specs)
-        return token_loss(model, specs, hidden, batch), sum_over((batch.segment_ids > 0).sum(), *BATCH_AXES)
-
-    in_specs = (specs, on_mesh(ROWS, mesh))
-    return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=True))
+    tutor = teaching.abstract(config, mesh, dtype, vocabulary)
+    lies, kind = jax.tree.map(lambda leaf: leaf.sharding.spec, tutor), data.PairedBatch if tutor else Batch
+    return make_step(config, mesh, specs, transform, *lies), (abstract, kind(*[batch] * len(kind._fields)), *tutor)
 
 
 def token_loss(model: Model, specs: Model, hidden: Array, batch: Batch) -> Array:
@@ -210,6 +206,8 @@ class Setup(NamedTuple):
     """What a run is made of, whether it trains or does a step again."""
 
     dataset: data.Dataset
+    rows: Any  # what the steps are fed with: the dataset, or both tokenizations of it
+    tutor: tuple[teaching.Tutor, ...]
     mesh: Mesh
     dtype: str
     specs: TrainState
@@ -232,16 +230,18 @@ def set_up(config: Config) -> Setup:
     processes.require_same({"data": {"fingerprint of the text": corpus.fingerprint}})
     with processes.together():
         if processes.primary():
-            run.make_tokenizer(config, corpus)
+            run.make_tokenizer(config, corpus, teaching.tokenizer(config))
     with processes.together():
         tokenizer = run.tokenizer_of(config.run_dir, config)
-        checkpoint.check_origin(config.run_dir / "checkpoints", {"tokenizer": tokenizer.fingerprint})
+        origin = {"tokenizer": tokenizer.fingerprint, **teaching.fingerprints(config)}
+        checkpoint.check_origin(config.run_dir / "checkpoints", origin)
+        vocabulary = teaching.vocabulary(config, tokenizer)
     mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
-    step, (abstract, batch) = abstract_step(config, mesh, dtype)
+    step, (abstract, batch, *tutor) = abstract_step(config, mesh, dtype, vocabulary)
     if not checkpoint.steps(config.run_dir / "checkpoints"):
         state.check(config, abstract)
-    compiling = ThreadPoolExecutor(1).submit(step.lower(abstract, batch).compile)
+    compiling = ThreadPoolExecutor(1).submit(step.lower(abstract, batch, *tutor).compile)
     length, rows = config.model.max_seq_len, config.optim.batch_size
     with processes.together():
         dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
@@ -249,6 +249,8 @@ def set_up(config: Config) -> Setup:
     shardings, transform = jax.tree.map(lambda leaf: leaf.sharding, abstract), optim.optimizer(config.optim)
     return Setup(
         dataset,
+        teaching.rows(dataset, config),
+        teaching.load(config, tutor, vocabulary),
         mesh,
         dtype,
         jax.tree.map(lambda sharding: sharding.spec, shardings),
@@ -262,9 +264,9 @@ def set_up(config: Config) -> Setup:
 def train(config: Config, console: Console, started: float, signals: Signals) -> int:
     """Run to the last step, or to a signal; the exit code. `started` is when the program did, by `perf_counter`."""
     assert config.run_dir is not None
-    dataset, mesh, dtype, specs, abstract, new_state, fed, compiling = set_up(config)
+    dataset, rows, tutor, mesh, dtype, specs, abstract, new_state, fed, compiling = set_up(config)
 
-    evaluate, held_out = make_evaluate(mesh, specs.model), NamedSharding(mesh, ROWS)
+    evaluate = evaluation.make_evaluate(token_loss, mesh, specs.model)
     steps, microbatches = config.optim.steps, config.optim.microbatches
     kind, signals.processes = jax.devices()[0].device_kind, jax.process_count()
     total, active = flops.parameters(config)
@@ -296,7 +298,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
             keep=config.checkpoint.keep,
             keep_every=config.checkpoint.keep_every,
             configuration=to_dict(config),
-            fingerprints=dataset.fingerprints,
+            fingerprints=rows.fingerprints,
             on_event=tell,
         ) as checkpoints,
         Watchdog(config.run_dir, minutes=config.guard.hang_minutes, on_event=tell) as watchdog,
@@ -306,9 +308,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
     ):
 
         def look(step: int, model: Model, limit: int | None) -> evaluation.HeldOut:
-            result = evaluation.held_out(
-                evaluate, model, dataset, held_out, config.optim.batch_size // microbatches, limit
-            )
+            result = evaluation.held_out(evaluate, model, dataset, mesh, config.optim.batch_size // microbatches, limit)
             log.eval(step=step, **result._asdict())
             bar.console.print(
                 f"step {step}: held-out loss {result.loss:.3f}, bits per byte {result.bits_per_byte:.3f}",
@@ -351,11 +351,11 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         log.span("compile", clock.lap())
         log.event("start", f"from step {first} on {mesh.size} {kind}, {dict(mesh.shape)}", step=first)
 
-        feed = Feed(dataset, range(first, steps), fed, microbatches=microbatches)
+        feed = Feed(rows, range(first, steps), fed, microbatches=microbatches)
         task = bar.add_task("", total=steps, completed=first, note="")
         speed, skips = Speed(config, kind, mesh.size), Skips(config.guard.patience, log.event)
         for n, batch in enumerate(feed, first + 1):
-            current, metrics = step(current, batch)
+            current, metrics = step(current, batch, *tutor)
             row = speed(metrics)
             log.step(step=n, data_seconds=feed.waited, step_seconds=clock.lap() - feed.waited, **row)
             watchdog.step(n)
@@ -428,16 +428,16 @@ def replay(config: Config, target: int) -> int:
         nearest = f"take {logged[0]}" if logged else "it has none yet"
         raise ValueError(f"replay={target} must be a step that the logbook of {config.run_dir} has; {nearest}.")
 
-    dataset, mesh, _, _, abstract, new_state, fed, compiling = set_up(config)
+    _, rows, tutor, mesh, _, _, abstract, new_state, fed, compiling = set_up(config)
     folder, step = config.run_dir / "checkpoints", compiling.result()
     if any(saved < target for saved in checkpoint.steps(folder)):
-        current = checkpoint.read(folder, abstract, before=target, fingerprints=dataset.fingerprints)
+        current = checkpoint.read(folder, abstract, before=target, fingerprints=rows.fingerprints)
     else:
         current = new_state()
     first = int(current.step)
     for n in range(first, target - 1):
-        current, _ = step(current, place(dataset, n, fed, config.optim.microbatches))
-    _, metrics = step(current, place(dataset, target - 1, fed, config.optim.microbatches))
+        current, _ = step(current, place(rows, n, fed, config.optim.microbatches), *tutor)
+    _, metrics = step(current, place(rows, target - 1, fed, config.optim.microbatches), *tutor)
     now = (float(metrics.loss), float(metrics.grad_norm), str(data.BatchHash(metrics.batch)))
     print(f"step {target} done again from step {first} on {mesh.size} {jax.devices()[0].device_kind}")
     for name, here, then in zip(("loss", "gradient norm", "batch"), now, logged[1:], strict=True):

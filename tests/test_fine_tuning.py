@@ -16,7 +16,7 @@ import generate
 import train
 from tests.small import random_batch, rarely, small, worst
 from tests.test_train import run
-from vishwamai_eqx import architecture, command_line, export, flops, gemma, nonfinite, parameters
+from vishwamai_eqx import architecture, command_line, evaluation, export, flops, gemma, nonfinite, parameters
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
@@ -71,7 +71,7 @@ def test_the_loss_is_that_of_its_logits():
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
     devices = make_mesh({})
     specs = jax.tree.map(lambda _: train.P(), model)
-    found, tokens = train.make_evaluate(devices, specs)(model, batch)
+    found, tokens = evaluation.make_evaluate(train.token_loss, devices, specs)(model, batch)
     np.testing.assert_allclose(found, jnp.sum(nll * (batch.segment_ids > 0)), rtol=1e-5)
     assert tokens == (batch.segment_ids > 0).sum()
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 import train
 from tests.small import MIXED, random_batch, rarely, small, worst
-from vishwamai_eqx import exchange, mesh, optim, state
+from vishwamai_eqx import evaluation, exchange, mesh, optim, state
 from vishwamai_eqx.architecture import build
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import make_mesh
@@ -111,8 +111,8 @@ def test_held_out_loss_is_the_same_on_every_mesh(sizes):
     def held_out(sizes):
         devices = make_mesh(sizes)
         specs = mesh.place(model, dict(devices.shape))
-        here = jax.device_put((model, batch), state.shardings(devices, (specs, type(batch)(*[train.ROWS] * 4))))
-        return jax.device_get(train.make_evaluate(devices, specs)(*here))
+        here = jax.device_put((model, batch), state.shardings(devices, (specs, type(batch)(*[evaluation.ROWS] * 4))))
+        return jax.device_get(evaluation.make_evaluate(train.token_loss, devices, specs)(*here))
 
     nats, tokens = held_out(sizes)
     expected, count = held_out({})

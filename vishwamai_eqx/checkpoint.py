@@ -39,6 +39,7 @@ _logger = logging.getLogger(__name__)
 _CHANGES = {
     "data": "files or their weights have changed in mid-run; put them back",
     "tokenizer": "the run's tokenizer has been exchanged; put its own back",
+    "teacher": "the teacher has changed in mid-run; put its own weights back",
 }
 # How long the processes of a run wait for each other's part of a save.
 _BARRIER_MS = 20 * 60 * 1000

@@ -130,6 +130,24 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class DistillConfig:
+    """What a run learns of its `teacher`. A weight is one number, or that of the first step and that of the last."""
+
+    cross_entropy: tuple[float, ...] = (0.5,)
+    """Weight of the text itself; where the teacher's tokens end inside, nothing else says what is next."""
+    forward: tuple[float, ...] = (1.0,)
+    """Weight of the divergence of the student from the teacher's next pieces: of all that the teacher holds likely."""
+    reverse: tuple[float, ...] = (0.0,)
+    """Weight of the divergence of the teacher from the student's: of what the student holds likely."""
+    jensen_shannon: tuple[float, ...] = (0.0,)
+    """Weight of the divergence of both from their mixture."""
+    beta: float = 0.5
+    """The teacher's share of that mixture."""
+    temperature: float = 1.0
+    """Of both distributions; the terms are multiplied by its square."""
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the state is saved."""
 
@@ -203,8 +221,10 @@ class Config:
     """A Gemma folder of Hugging Face to fine-tune: its model, weights and tokenizer; none: VishwamAI, untrained."""
     gemma: Annotated[GemmaConfig | None, tyro.conf.Suppress] = None
     """The shape of what `init` holds, of which `model` repeats what it has a name for."""
+    teacher: Path | None = None
+    """A Gemma folder, a run or an export to distil: the run's tokenizer is the teacher's with fewer merges."""
     tokenizer: Path | None = None
-    """A SentencePiece model, or a folder with one; none: trained on the data."""
+    """A SentencePiece model, or a folder with one; none: trained on the data, or cut from the teacher's."""
     dry_run: bool = False
     """Print what the run would be, allocate nothing, and stop."""
     topology: str | None = None
@@ -218,6 +238,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)

@@ -41,9 +41,26 @@ class Batch(NamedTuple):
     """From 0 in each segment."""
 
 
+class PairedBatch(NamedTuple):
+    """A `Batch`, and the same documents in the teacher's tokens."""
+
+    tokens: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    targets: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    segment_ids: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    positions: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    teacher_tokens: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    """A segment has no more of them than pieces; 0 in the columns that are left."""
+    teacher_segment_ids: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    teacher_positions: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    places: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    """The column of the student's piece that ends where the teacher's token does; -1 where none does."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The rows of a run and the batches made of them."""
+
+    kind = Batch
 
     tokenizer: VishwamAITokenizer
     tokens: Integer[np.ndarray, "stream"]
@@ -148,7 +165,7 @@ def prepare(
     )
 
 
-def batch_hash(batch: Batch) -> str:
+def batch_hash(batch: Batch | PairedBatch) -> str:
     """Sixteen hexadecimal digits that name a batch's rows, whatever their order, the devices or the processes."""
     return str(BatchHash(hash_lanes(batch) if isinstance(batch.tokens, np.ndarray) else _hash_lanes(batch)))
 
@@ -163,7 +180,7 @@ class BatchHash:
         return "{:08x}{:08x}".format(*np.asarray(self.lanes).tolist())
 
 
-def hash_lanes(batch: Batch) -> UInt32[Array | np.ndarray, "2"]:
+def hash_lanes(batch: Batch | PairedBatch) -> UInt32[Array | np.ndarray, "2"]:
     """The two halves of `batch_hash`: a sum over rows, so it can be computed where they lie."""
     xp = np if isinstance(batch.tokens, np.ndarray) else jnp
     columns = xp.arange(batch.tokens.shape[-1], dtype=np.uint32)

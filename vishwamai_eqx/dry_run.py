@@ -64,7 +64,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
 
     tokens = config.optim.batch_size * config.model.max_seq_len
     total, active = flops.parameters(config)
-    of_model = flops.per_token(config)
+    of_model = flops.per_token(config) + flops.of_teacher(config)
     here = tokens / on.size
     program = compiled.program
     if program is None:
@@ -77,7 +77,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
     moved = roofline.hbm_bytes(config, state_bytes, held.gathered * (2 if dtype == "bfloat16" else 4))
     bound = roofline.roofline(generation, multiplied, of_model * here, moved, wire)
     scale = (compiled.peak - state_bytes) / (by_hand.peak - state_bytes)
-    known = by_hand.parameters + by_hand.optimizer + by_hand.gradients
+    known = by_hand.parameters + by_hand.optimizer + by_hand.gradients + by_hand.teacher
     return {
         "topology": config.topology,
         "device": generation.device_kind,
@@ -99,6 +99,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
             "parameters": by_hand.parameters,
             "optimizer": by_hand.optimizer,
             "gradients": by_hand.gradients,
+            "teacher": by_hand.teacher,
             # All the rest of the compiler's, which does not say what of it is activations.
             "temporaries": compiled.peak - known,
         },
@@ -137,7 +138,7 @@ def text(report: dict[str, Any]) -> str:
         f"parameters: {counts['total']:,}, {counts['active']:,} of them active for a token",
         "",
         f"{'HBM a device, GiB':24}{'by hand':>10}{'compiler':>10}",
-        *(_sizes(name, hand[name], hbm[name]) for name in ("parameters", "optimizer", "gradients")),
+        *(_sizes(name, hand[name], hbm[name]) for name in ("parameters", "optimizer", "gradients", "teacher")),
         _sizes("activations", hand["activations"], None),
         _sizes("temporaries", hand["temporaries"], None),
         _sizes("  both together", hand["activations"] + hand["temporaries"], hbm["temporaries"]),
@@ -190,7 +191,7 @@ def _flags(settings: dict[str, Any]) -> str:
 def _print_totals(config: Config) -> None:
     abstract = state.abstract_state(config, compute_dtype(config.precision), optim.optimizer(config.optim))
     total, (_, active) = parameters.count(abstract.model), flops.parameters(config)
-    per_token = flops.per_token(config)
+    per_token = flops.per_token(config) + flops.of_teacher(config)
     if config.json:
         print(json.dumps({"parameters": {"total": total, "active": active}, "flops_per_token": {"hand": per_token}}))
     else:

@@ -8,13 +8,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vishwamai_eqx import decode
 from vishwamai_eqx.architecture import Model
+from vishwamai_eqx.config import BATCH_AXES
 from vishwamai_eqx.data import Batch, Dataset
+from vishwamai_eqx.mesh import on_mesh, sum_over
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+P = PartitionSpec
+ROWS = P(BATCH_AXES)  # of [rows, seq]
 
 
 class HeldOut(NamedTuple):
@@ -26,16 +31,30 @@ class HeldOut(NamedTuple):
     """Of source text: comparable whatever the tokenizer."""
 
 
+def make_evaluate(
+    token_loss: Callable[[Model, Model, Array, Batch], Array], mesh: Mesh, specs: Model
+) -> Callable[[Model, Batch], tuple[Array, Array]]:
+    """The sum of the cross-entropy in nats over a batch, and its tokens; `token_loss` is the training step's own."""
+
+    def evaluate(model: Model, batch: Batch) -> tuple[Array, Array]:
+        hidden, _, _ = model(batch.tokens, segment_ids=batch.segment_ids, positions=batch.positions, placement=specs)
+        return token_loss(model, specs, hidden, batch), sum_over((batch.segment_ids > 0).sum(), *BATCH_AXES)
+
+    in_specs = (specs, on_mesh(ROWS, mesh))
+    return jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=in_specs, out_specs=(P(), P()), check_vma=True))
+
+
 def held_out(
     evaluate: Callable[[Model, Batch], tuple[Array, Array]],
     model: Model,
     dataset: Dataset,
-    sharding: Sharding,
+    mesh: Mesh,
     rows: int,
     limit: int | None = None,
 ) -> HeldOut:
     """Measure all held-out rows, or the first `limit`, `rows` at a time; `evaluate` sums nats and tokens of a batch."""
     nats, tokens, source_bytes = 0.0, 0, 0
+    sharding = NamedSharding(mesh, ROWS)
     for batch in dataset.held_out_batches(rows, limit):
         sent = jax.tree.map(lambda rows: jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__), batch)
         batch_nats, batch_tokens = evaluate(model, sent)

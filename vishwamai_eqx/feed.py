@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from vishwamai_eqx.data import Batch, Dataset
+from vishwamai_eqx.data import Batch, Dataset, PairedBatch
+from vishwamai_eqx.pairs import Pairs
 
 
 class Feed:
@@ -21,7 +22,7 @@ class Feed:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | Pairs,
         steps: range,
         sharding: jax.sharding.Sharding,
         *,
@@ -36,7 +37,7 @@ class Feed:
             .to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
         )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch | PairedBatch]:
         batches = iter(self._batches)
         while True:
             before = time.perf_counter()
@@ -48,7 +49,9 @@ class Feed:
             yield batch
 
 
-def place(dataset: Dataset, n: int, sharding: jax.sharding.Sharding, microbatches: int = 1) -> Batch:
+def place(
+    dataset: Dataset | Pairs, n: int, sharding: jax.sharding.Sharding, microbatches: int = 1
+) -> Batch | PairedBatch:
     """Batch n as global arrays `[microbatches, rows, seq]`; only the rows of this process's devices are read."""
     rows = dataset.batch_size // microbatches
     shape = (microbatches, rows, dataset.seq_len)
@@ -72,9 +75,9 @@ def place(dataset: Dataset, n: int, sharding: jax.sharding.Sharding, microbatche
 
     arrays = [
         jax.make_array_from_callback(shape, staging, functools.partial(part, field=field))
-        for field in range(len(Batch._fields))
+        for field in range(len(dataset.kind._fields))
     ]
-    return Batch(*(arrays if staging is sharding else jax.device_put(arrays, sharding)))
+    return dataset.kind(*(arrays if staging is sharding else jax.device_put(arrays, sharding)))
 
 
 def _has_pinned_host(device: jax.Device) -> bool:

@@ -1,6 +1,9 @@
 """What a token costs, counted by hand, and what a chip can do."""
 
+import dataclasses
+
 from kernels.tpu import GENERATIONS
+from vishwamai_eqx import teacher
 from vishwamai_eqx.config import Config
 
 # Dense bf16 FLOP/s of a device as jax counts devices, by its device_kind.
@@ -71,3 +74,12 @@ def per_token(config: Config) -> float:
     # A tied embedding is a matrix product once, as the head; an untied one besides is a look-up.
     lookup = 0 if model.tie_embeddings else model.vocab_size * model.hidden_size
     return 6 * (active - lookup) + 6 * attended(config)
+
+
+def of_teacher(config: Config) -> float:
+    """FLOPs of the teacher's forward pass for a token of a row as long as the student's, if there is one."""
+    if config.teacher is None:
+        return 0.0
+    theirs = teacher.configuration(config.teacher)
+    model = dataclasses.replace(theirs.model, max_seq_len=config.model.max_seq_len)
+    return per_token(dataclasses.replace(theirs, model=model)) / 3

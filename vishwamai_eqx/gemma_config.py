@@ -155,6 +155,10 @@ class GemmaConfig:
         return next(p for p in range(1, len(kinds) + 1) if all(k == kinds[i % p] for i, k in enumerate(kinds)))
 
 
+# Of which a dry run needs no folder.
+SHAPES = {"gemma-7b": GemmaConfig("gemma", 256_000, 3072, 24_576, 28, 16, 16, 256)}
+
+
 def read(folder: Path) -> GemmaConfig:
     """The configuration of a folder.
 

@@ -8,6 +8,7 @@ What is there all the time, and what the fullest moment adds: a layer's backward
     temporaries              weights in the compute type, gathered ones and their gradients, and the layer at work
 """
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import jax
 
 from kernels.moe_dispatch.plan import default_alignment, padded_rows
 from kernels.tpu import Generation
-from vishwamai_eqx import flops, loss, optim, state
+from vishwamai_eqx import flops, loss, optim, state, teacher
 from vishwamai_eqx.config import Config, ModelConfig
 
 F32 = 4
@@ -32,10 +33,12 @@ class Memory:
     gradients: int
     activations: int
     temporaries: int
+    teacher: int
+    """Its shards, and what of it is gathered: a layer and the head."""
 
     @property
     def peak(self) -> int:
-        return self.parameters + self.optimizer + self.gradients + self.activations + self.temporaries
+        return sum(dataclasses.astuple(self))
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,15 @@ def estimate(config: Config, sizes: dict[str, int], generation: Generation) -> M
     gradients = accumulated * held.parameters * F32
     # The gradients of the layers are made after the loss.
     temporaries = max(layer, head - held.parameters * F32)
-    return Memory(held.parameters * F32, held.optimizer * F32, gradients, kept, temporaries)
+    state = held.parameters * F32, held.optimizer * F32
+    return Memory(*state, gradients, kept, temporaries, _of_teacher(config, sizes, wide))
+
+
+def _of_teacher(config: Config, sizes: dict[str, int], wide: int) -> int:
+    if config.teacher is None:
+        return 0
+    theirs = shards(teacher.configuration(config.teacher), sizes)
+    return wide * (theirs.parameters + theirs.layer + theirs.embedding)
 
 
 def rows(config: Config, sizes: dict[str, int]) -> int:

@@ -52,8 +52,8 @@ def configuration(run_dir: Path) -> Config:
     return config
 
 
-def make_tokenizer(config: Config, corpus: Corpus) -> None:
-    """At a run's first start put a tokenizer in its folder: the one to take, or one trained on the text.
+def make_tokenizer(config: Config, corpus: Corpus, teacher: VishwamAITokenizer | None = None) -> None:
+    """At a run's first start put a tokenizer in its folder: the one to take, or of a teacher's pieces, or one trained.
 
     It learns from documents that are not held out, a sample of them where they are many. Raises ValueError if the model
     has not a row for each of its pieces.
@@ -67,6 +67,8 @@ def make_tokenizer(config: Config, corpus: Corpus) -> None:
     saved_config.make_run_dir(config.run_dir)
     if tokenizer is not None:
         tokenizer.save(folder)
+    elif teacher is not None:
+        tokenizer = teacher.pruned(config.model.vocab_size, folder)
     else:
         text = corpus.training_text(ENOUGH_BYTES)
         tokenizer = VishwamAITokenizer.train(text, config.model.vocab_size, folder)

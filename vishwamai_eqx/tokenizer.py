@@ -16,7 +16,7 @@ import sentencepiece
 import tyro
 from jaxtyping import Int32
 
-from vishwamai_eqx import documents, huggingface_tokenizer, sentencepiece_training, words
+from vishwamai_eqx import documents, huggingface_tokenizer, prune, sentencepiece_training, words
 from vishwamai_eqx.cache import replaced
 from vishwamai_eqx.config import DataConfig
 from vishwamai_eqx.huggingface_tokenizer import ModelProto, Piece
@@ -37,7 +37,8 @@ class VishwamAITokenizer:
 
     `model_path` is a `.model` file or a folder with `tokenizer.model` in it. A special token that the model does not
     have under the given name is the one that the model itself declares. `max_length` bounds `encode` alone. Every
-    string comes back from its ids, U+2581 included, which is spelled in bytes.
+    string comes back from its ids, U+2581 included, which is spelled in bytes. `proto` is the model as SentencePiece
+    describes it.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class VishwamAITokenizer:
         if max_length < 1:
             raise ValueError(f"max_length={max_length}: give at least 1 token")
         self.max_length = max_length
-        self._processor, self._proto = _load(self.model_path)
+        self._processor, self.proto = _load(self.model_path)
         self.vocab_size: int = self._processor.vocab_size()
         self.unk_id = self._special("unk_token", unk_token, self._processor.unk_id())
         self.bos_id = self._special("bos_token", bos_token, self._processor.bos_id())
@@ -70,8 +71,8 @@ class VishwamAITokenizer:
             )
         # Then a text's ids are those of its words one after another.
         crossing = re.compile(f"\n|[^{SPACE}]{SPACE}")
-        self._words_stand_alone = huggingface_tokenizer.expressible(self._proto) and not any(
-            crossing.search(piece.piece) for piece in self._proto.pieces
+        self._words_stand_alone = huggingface_tokenizer.expressible(self.proto) and not any(
+            crossing.search(piece.piece) for piece in self.proto.pieces
         )
         self._remembered = functools.lru_cache(CACHED_TEXTS)(self._pieces)
 
@@ -83,7 +84,20 @@ class VishwamAITokenizer:
 
         Pieces do not cross lines, and digits stand alone.
         """
-        model = sentencepiece_training.train(texts, vocab_size)
+        return cls._made(sentencepiece_training.train(texts, vocab_size), directory, max_length)
+
+    def pruned(self, vocab_size: int, directory: str | Path) -> "VishwamAITokenizer":
+        """The tokenizer of `vocab_size` of these pieces that a student of this one's model takes, saved in `directory`.
+
+        Beside it lies `prune.TEACHER_PIECES`: each of these pieces in those that are kept. **Raises** ValueError as
+        `prune.prune` does.
+        """
+        student = self._made(prune.prune(self.proto, vocab_size).SerializeToString(), directory, self.max_length)
+        prune.teacher_pieces(self.proto, student.proto).save(Path(directory) / prune.TEACHER_PIECES)
+        return student
+
+    @classmethod
+    def _made(cls, model: bytes, directory: str | Path, max_length: int) -> "VishwamAITokenizer":
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         _write(directory / "tokenizer.model", model)
@@ -118,9 +132,9 @@ class VishwamAITokenizer:
                         ("eos", self.eos_id),
                     )
                 }
-                _write(target, json.dumps(huggingface_tokenizer.config(self._proto, tokens), indent=2).encode())
-            elif huggingface_tokenizer.expressible(self._proto):
-                described = huggingface_tokenizer.tokenizer_json(self._proto, self.bos_id)
+                _write(target, json.dumps(huggingface_tokenizer.config(self.proto, tokens), indent=2).encode())
+            elif huggingface_tokenizer.expressible(self.proto):
+                described = huggingface_tokenizer.tokenizer_json(self.proto, self.bos_id)
                 _write(target, json.dumps(described, ensure_ascii=False).encode())
 
     def encode_ids(self, text: str) -> list[int]:
@@ -185,7 +199,7 @@ class VishwamAITokenizer:
     def piece_bytes(self) -> list[bytes]:
         """What each piece stands for; nothing for special tokens."""
         result = []
-        for piece in self._proto.pieces:
+        for piece in self.proto.pieces:
             if piece.type == Piece.BYTE:
                 result.append(bytes([int(piece.piece[3:5], 16)]))
             elif piece.type in (Piece.NORMAL, Piece.USER_DEFINED):
@@ -287,14 +301,7 @@ def _train_command(
         directory: Folder to save it in.
         text_column: Where the text of a .jsonl or .parquet record is.
     """
-    try:
-        # Before the work whose fruit it is to hold.
-        directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=directory).close()
-    except OSError as error:
-        raise ValueError(
-            f"directory={str(directory)!r} cannot be written ({error.strerror}); take another --directory"
-        ) from None
+    _require_writable(directory)
     found = documents.find_files(DataConfig(files=files, text_column=text_column))
     paths = [path for source in found for path in source]
     texts = (text for path in paths for text, _ in documents.read(path, text_column))
@@ -326,16 +333,45 @@ def _inspect_command(model: tyro.conf.Positional[Path], *, text: str | None = No
         print(" ".join(f"{tokenizer.piece(id)}:{id}" for id in ids))
 
 
+def _prune_command(
+    teacher: tyro.conf.Positional[Path], *, size: int = 131_072, directory: Path = Path("tokenizer")
+) -> None:
+    """Cut a teacher's tokenizer down to a student's, whose pieces its tokens are made of, and save it with the map.
+
+    Args:
+        teacher: A SentencePiece .model file of byte pairs, or a folder with tokenizer.model.
+        size: Pieces to keep.
+        directory: Folder to save it in.
+    """
+    found = VishwamAITokenizer(teacher)
+    _require_writable(directory)
+    if found.model_path.resolve() == (directory / "tokenizer.model").resolve():
+        raise ValueError(f"directory={str(directory)!r} is the teacher's own; take another --directory")
+    student = found.pruned(size, directory)
+    print(f"{directory}: {student.vocab_size} of the {found.vocab_size} pieces of {found.model_path}")
+
+
+def _require_writable(directory: Path) -> None:
+    """Before the work whose fruit it is to hold."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ValueError(
+            f"directory={str(directory)!r} cannot be written ({error.strerror}); take another --directory"
+        ) from None
+
+
 def _write(path: Path, content: bytes) -> None:
     with replaced(path) as temporary:
         temporary.write_bytes(content)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m vishwamai_eqx.tokenizer train|inspect`."""
+    """`python -m vishwamai_eqx.tokenizer train|prune|inspect`."""
     try:
         tyro.extras.subcommand_cli_from_dict(
-            {"train": _train_command, "inspect": _inspect_command},
+            {"train": _train_command, "prune": _prune_command, "inspect": _inspect_command},
             prog="python -m vishwamai_eqx.tokenizer",
             args=arguments,
         )

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
+from vishwamai_eqx import teacher
 from vishwamai_eqx.config import BATCH_AXES, PRESETS, SMALLEST_VOCABULARY, Config, ModelConfig, nearest, parse_mesh
 from vishwamai_eqx.factors import closest, divisors
 
@@ -29,11 +30,22 @@ def problems(config: Config, devices: int, platform: str | None = None, processe
 
     _together(require, possible, config)
     _of_gemma(require, config)
+    their = None
+    if config.teacher is not None:
+        try:
+            their = teacher.configuration(config.teacher)
+            _of_teacher(require, config, their)
+        except ValueError as error:
+            found.append(str(error))
     try:
         sizes = parse_mesh(config.mesh, devices)
     except ValueError as error:
         return [*found, str(error)]
     _on_mesh(require, possible, config, sizes)
+    if their is not None:
+        rows, over = their.model.vocab_size, sizes["model"]
+        fix = f"mesh model={closest(divisors(rows), over)}"
+        require("teacher", str(config.teacher), rows % over == 0, f"of rows that the mesh's model={over} divides", fix)
     used = math.prod(sizes.values())
     require(
         "mesh",
@@ -153,6 +165,29 @@ def _of_gemma(require: Callable[..., None], config: Config) -> None:
         require(f"model.{name}", found, found == value, f"{value!r}, as in {config.init}", "another folder or none")
     longest, length = config.gemma.max_position_embeddings, config.model.max_seq_len
     require("model.max_seq_len", length, length <= longest, f"at most the {longest} of {config.init}", longest)
+
+
+def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> None:
+    """What a run must be to the model that it distils."""
+    assert config.teacher is not None
+    distill, folder = config.distill, str(config.teacher)
+    require(
+        "teacher", folder, config.dry_run or config.teacher.exists(), "a folder outside of dry runs", "--dry-run too"
+    )
+    require(
+        "teacher", folder, config.init is None, "given without init, which has a vocabulary of its own", "one of them"
+    )
+    length, longest = config.model.max_seq_len, their.model.max_seq_len
+    require("model.max_seq_len", length, length <= longest, f"at most the {longest} of the teacher", longest)
+    pieces, most = config.model.vocab_size, their.model.vocab_size
+    require("model.vocab_size", pieces, pieces <= most, f"at most the {most} of the teacher, of which they are", most)
+    for name in ("cross_entropy", "forward", "reverse", "jensen_shannon"):
+        values = getattr(distill, name)
+        holds = len(values) in (1, 2) and all(0 <= value < math.inf for value in values)
+        require(f"distill.{name}", values, holds, "one weight of at least 0, or a first and a last one", "1")
+    require("distill.beta", distill.beta, 0 < distill.beta < 1, "above 0 and below 1", field_default("distill.beta"))
+    holds = 0 < distill.temperature < math.inf
+    require("distill.temperature", distill.temperature, holds, "above 0 and finite", 1)
 
 
 def _on_mesh(

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 import train
 from kernels import topology
 from tests.studies.cases import study
-from vishwamai_eqx import aot, command_line, dry_run, flops, gemma_config
+from vishwamai_eqx import aot, command_line, dry_run, evaluation, flops, gemma_config
 from vishwamai_eqx.config import parse_mesh
 from vishwamai_eqx.data import Batch
 from vishwamai_eqx.gemma_config import GemmaConfig
@@ -44,9 +44,9 @@ def forward(config: Any, sizes: dict[str, int]) -> dict[str, Any]:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, "bfloat16", sharding=leaf.sharding), abstract.model
     )
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, model)
-    rows = jax.ShapeDtypeStruct(batch.tokens.shape[1:], "int32", sharding=NamedSharding(on, train.ROWS))
+    rows = jax.ShapeDtypeStruct(batch.tokens.shape[1:], "int32", sharding=NamedSharding(on, evaluation.ROWS))
     compiled = aot.compile_step(
-        train.make_evaluate(on, specs), (model, Batch(*[rows] * len(Batch._fields))), on, config
+        evaluation.make_evaluate(train.token_loss, on, specs), (model, Batch(*[rows] * len(Batch._fields))), on, config
     )
     program, tokens = compiled.program, config.optim.batch_size * config.model.max_seq_len
     return {

@@ -1,0 +1,124 @@
+"""A teacher in the training step: what `train.py --teacher` does, and what it refuses."""
+
+import json
+import shutil
+
+import jax
+import pytest
+from jax.sharding import NamedSharding
+
+import train
+from tests.histories import text
+from tests.small import worst
+from vishwamai_eqx import command_line, data, gemma, logbook, optim, prune, run, state, teaching
+from vishwamai_eqx.config import parse_mesh
+from vishwamai_eqx.feed import place
+from vishwamai_eqx.gemma_config import GemmaConfig
+from vishwamai_eqx.mesh import make_mesh
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+
+SIZES = {"hidden_size": 24, "intermediate_size": 48, "head_dim": 16, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 352, "max_position_embeddings": 64}
+STUDENT = "--model.vocab-size=304 --model.hidden-size=32 --model.num-layers=2 --model.num-heads=2 --model.num-experts=2"
+STUDENT += " --model.ffn-dim=32 --model.max-seq-len=32 --model.num-kv-heads=2 --precision=f32 --optim.warmup-steps=1"
+STUDENT += " --eval.rows=8 --eval.samples=2 --eval.sample-tokens=8"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Gemma whose logits are capped, whose vocabulary is padded and larger than the student's; and text."""
+    root = tmp_path_factory.mktemp("distilling")
+    (root / "text").mkdir()
+    text(root / "text")
+    VishwamAITokenizer.train(sorted((root / "text").glob("*.txt")), 330, root / "gemma")
+    config = GemmaConfig("gemma2", final_logit_softcapping=20.0, **SIZES)
+    gemma.save(gemma.Gemma(gemma.Decoder(config, key=jax.random.key(0))), root / "gemma")
+    return root / "gemma"
+
+
+def settings(folder, run_dir, *more):
+    where = ["--teacher", str(folder), "--run-dir", str(run_dir), "--data", str(folder.parent / "text" / "*.txt")]
+    return [*where, *STUDENT.split(), *more]
+
+
+def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path, capsys):
+    terms = ["--distill.reverse", "0.5", "0", "--distill.jensen-shannon", "0", "0.5", "--distill.temperature", "2"]
+    assert train.main(settings(folder, tmp_path / "run", "--steps", "6", *terms)) == 0
+    student = VishwamAITokenizer(tmp_path / "run" / "tokenizer")
+    assert student.vocab_size == 304 and (tmp_path / "run" / "tokenizer" / prune.TEACHER_PIECES).exists()
+    with logbook.connect(tmp_path / "run") as book:
+        rows = [row for (row,) in book.execute("SELECT more FROM steps ORDER BY step").fetchall()]
+    for row in rows:
+        assert {"forward", "reverse", "jensen_shannon", "kl", "agreement"} <= row.keys()
+        assert all(row[name] > 0 for name in ("forward", "reverse", "jensen_shannon", "kl"))
+        assert 0 <= row["agreement"] <= 1
+    assert rows[-1]["kl"] < rows[0]["kl"]
+    capsys.readouterr()
+    assert train.main(["--run-dir", str(tmp_path / "run"), "--replay", "5"]) == 0
+    assert capsys.readouterr().out.count("agrees bit for bit") == 3
+    # Another teacher of the same shape in its place.
+    other = shutil.copytree(folder, tmp_path / "other")
+    shutil.copytree(folder.parent / "text", tmp_path / "text")
+    decoder = gemma.load(other).decoder
+    gemma.save(gemma.Gemma(jax.tree.map(lambda leaf: leaf + 1, decoder)), other)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**saved, "teacher": str(other)}))
+    assert train.main(["--run-dir", str(tmp_path / "run")]) == 2
+    assert "the teacher has changed in mid-run" in capsys.readouterr().err
+
+
+def steps(folder, tmp_path, mesh, microbatches):
+    """Three steps in f64; what they say and the last state."""
+    more = ["--optim.microbatches", str(microbatches), "--distill.reverse", "0.5", "0", "--distill.temperature", "2"]
+    config = command_line.parse(settings(folder, tmp_path / "run", *more))
+    corpus = data.load_documents(config.data, config.seed, tmp_path)
+    run.make_tokenizer(config, corpus, teaching.tokenizer(config))
+    student = run.tokenizer_of(tmp_path / "run", config)
+    dataset = data.prepare(corpus, student, seq_len=32, batch_size=8, seed=0, cache_dir=tmp_path)
+    devices, transform = make_mesh(parse_mesh(mesh, 8)), optim.optimizer(config.optim)
+    vocabulary = teaching.vocabulary(config, student)
+    step, (abstract, _, *wanted) = train.abstract_step(config, devices, "float64", vocabulary)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    current = state.initialise(config, "float64", transform, shardings)
+    current = jax.tree.map(lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf, current)
+    tutor, said = teaching.load(config, wanted, vocabulary), []
+    for n in range(3):
+        rows = place(teaching.rows(dataset, config), n, NamedSharding(devices, train.MICROBATCHES), microbatches)
+        current, metrics = step(current, rows, *tutor)
+        said.append(jax.device_get((metrics.loss, metrics.grad_norm, metrics.told)))
+    return said, jax.device_get(current.model)
+
+
+@pytest.mark.slow
+def test_meshes_and_microbatches_do_not_change_what_is_learned(folder, tmp_path):
+    with jax.enable_x64(True):
+        expected = steps(folder, tmp_path / "one", "data=1", 1)
+        found = steps(folder, tmp_path / "eight", "data=2,expert=2,model=2", 2)
+    assert worst(expected, found) < 1e-9
+
+
+def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
+    def refused(*arguments):
+        with jax.log_compiles():
+            assert train.main(settings(folder, tmp_path / "run", *arguments)) == 2
+        assert not (tmp_path / "run" / "config.json").exists()
+        return capsys.readouterr().err
+
+    own = VishwamAITokenizer.train(["def other function names, and more words: xyz"] * 9, 304, tmp_path / "own")
+    assert own.vocab_size == 304
+    error = refused("--tokenizer", str(tmp_path / "own"))
+    assert "which the teacher lacks" in error and "tokenizer prune TEACHER.model --size 304" in error
+    assert "take 3" in refused("--model.vocab-size", "340")
+    assert "vocab_size=400 must be at most the 352" in refused("--model.vocab-size", "400")
+    assert "max_seq_len=128 must be at most the 64" in refused("--model.max-seq-len", "128")
+    assert "distill.forward=(-1.0,) must be one weight" in refused("--distill.forward", "-1")
+    assert "distill.temperature=0.0 must be above 0" in refused("--distill.temperature", "0")
+    assert "distill.beta=1.0 must be above 0 and below 1" in refused("--distill.beta", "1")
+    assert "must be given without init" in refused("--init", str(folder))
+    assert "nowhere' must be a Gemma folder or a run" in refused("--teacher", str(tmp_path / "nowhere"))
+    assert "must be a folder outside of dry runs" in refused("--teacher", "gemma-7b")
+    prefixed = shutil.copytree(folder, tmp_path / "prefixed")
+    proto = VishwamAITokenizer(folder).proto
+    proto.normalizer_spec.add_dummy_prefix = True
+    (prefixed / "tokenizer.model").write_bytes(proto.SerializeToString())
+    assert "its tokenizer changes text before it cuts it" in refused("--teacher", str(prefixed))
