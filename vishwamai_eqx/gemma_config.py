@@ -191,7 +191,7 @@ def _config(path: Path, family: Family, described: dict[str, Any]) -> GemmaConfi
             )
     # The first hub files say "gelu" and mean its tanh form.
     activation = described.get("hidden_activation") or described.get("hidden_act") or "gelu_pytorch_tanh"
-    if activation not in ["gelu", "gelu_pytorch_tanh"]:
+    if activation not in ["gelu_pytorch_tanh", *(["gelu"] if family == "gemma" else [])]:
         raise ValueError(f"{path}: hidden_activation={activation!r} must be 'gelu_pytorch_tanh'.")
     given: dict[str, Any] = dict(_DEFAULTS[family])
     for name, kind in _NUMBERS.items():

@@ -69,6 +69,8 @@ class Weights:
             except (OSError, SafetensorError) as error:
                 raise ValueError(f"{path}: damaged or incomplete ({error}); fetch it again.") from None
             for name in names:
+                if (other := self._files.get(_plain(name))) is not None:
+                    raise ValueError(f"{path}: holds {name}, which {other} holds too; fetch the files again.")
                 self._tensors[_plain(name)] = file.get_slice(name)
                 self._files[_plain(name)] = path
 
@@ -239,6 +241,10 @@ def write(folder: Path, tree: Any, sources: Any, description: Mapping[str, Any])
     )
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, folder / file, metadata={"format": "pt"})
+    # What was there of another division would be read for these, or beside them.
+    for path in [folder / INDEX, folder / SINGLE, *folder.glob("model-*-of-*.safetensors")]:
+        if path.name not in files:
+            path.unlink(missing_ok=True)
     if len(shards) > 1:
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}

@@ -73,9 +73,13 @@ def make_tokenizer(config: Config, corpus: Corpus, teacher: VishwamAITokenizer |
         text = corpus.training_text(ENOUGH_BYTES)
         tokenizer = VishwamAITokenizer.train(text, config.model.vocab_size, folder)
     if not fits(tokenizer, config):
+        # What is fine-tuned has its rows already.
+        fix = (
+            f"--model.vocab-size {tokenizer.vocab_size}" if config.gemma is None else f"the tokenizer of {config.init}"
+        )
         raise ValueError(
             f"model.vocab_size={config.model.vocab_size} must be the {tokenizer.vocab_size} pieces of the tokenizer in "
-            f"{config.tokenizer or folder}; take --model.vocab-size {tokenizer.vocab_size}."
+            f"{config.tokenizer or folder}; take {fix}."
         )
 
 

@@ -264,7 +264,7 @@ IMPOSSIBLE = {
     "rope_theta": ("x", [1], -1.0),
     "eos_token_id": ([], ["a"]),
     "model_type": ([], {}, None),
-    "hidden_activation": (["gelu"], {"a": 1}),
+    "hidden_activation": ("gelu", ["gelu"], {"a": 1}),
     "rms_norm_eps": (0, -1.0, float("nan")),
     "final_logit_softcapping": (0.0, -5.0, float("nan")),
     "attn_logit_softcapping": (50.0,),
@@ -359,6 +359,29 @@ REFUSED = {
     "a tensor beyond the file": (header(claim(1 << 40)), "model.safetensors: damaged or incomplete"),
     "an empty file": (header(b""), "model.safetensors: damaged or incomplete"),
 }
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = tmp_path / "gemma"
+    shutil.copytree(FOLDERS / "gemma", folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save_file({"model.norm.weight": np.zeros(32, np.float32)}, folder / "b.safetensors")
+    (folder / huggingface_model.INDEX).write_text(
+        json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}})
+    )
+    with pytest.raises(ValueError, match=r"b\.safetensors: holds model.norm.weight, which .*a\.safetensors holds too"):
+        gemma.load(folder)
+
+
+def test_saving_leaves_nothing_of_what_was_there(tmp_path, monkeypatch):
+    """Neither one file beside several nor an index of others: the last weights saved are those that are read."""
+    first = loaded("gemma")
+    second = eqx.tree_at(lambda it: it.decoder.norm.weight, first, first.decoder.norm.weight + 1)
+    for size, saved in ((10_000, first), (huggingface_model.SHARD_BYTES, second), (10_000, first)):
+        monkeypatch.setattr(huggingface_model, "SHARD_BYTES", size)
+        gemma.save(saved, tmp_path)
+        np.testing.assert_array_equal(gemma.load(tmp_path).decoder.norm.weight, saved.decoder.norm.weight)
+        assert (tmp_path / "model.safetensors").exists() != (tmp_path / huggingface_model.INDEX).exists()
 
 
 @pytest.mark.parametrize("case", REFUSED)
