@@ -89,6 +89,12 @@ class Checkpoints:
         for name, value, least in (("every", every, 1), ("keep", keep, 1), ("minutes", minutes, 0)):
             if value < least:
                 raise ValueError(f"checkpoint.{name}={value} must be at least {least}")
+        if Path(directory).is_symlink() and not Path(directory).exists():
+            # A disk that is not mounted; made anew, what it leads to would hold a run that begins at step 0.
+            raise ValueError(
+                f"{directory} is a link to {os.readlink(directory)}, which is not there: put that back, or, to train "
+                "from step 0 again, remove the link or take another --run-dir."
+            )
         self.directory = Path(directory).resolve()
         self.every, self.minutes, self.keep, self.keep_every = every, minutes, keep, keep_every
         self._about = {

@@ -238,6 +238,11 @@ def test_a_directory_that_leads_elsewhere(victims, tmp_path):
     (tmp_path / "link").symlink_to(victim.directory)
     with Checkpoints(tmp_path / "link") as checkpoints:
         assert same(checkpoints.restore(state(0)), state(2))
+    # A disk that is not mounted is not taken for one without checkpoints.
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"lost is a link to .*nowhere, which is not there: put that back"):
+        Checkpoints(tmp_path / "lost")
+    assert not (tmp_path / "nowhere").exists()
     (victim.directory / "2" / "state").rename(tmp_path / "elsewhere")
     (victim.directory / "2" / "state").symlink_to(tmp_path / "elsewhere")
     assert same(victim.restore(), state(1))
