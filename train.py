@@ -112,9 +112,10 @@ def make_step(
             placement=placement,
             first_row=first_row,
             probes=probes,
+            return_hidden=lesson is not None and bool(lesson.pairs),
         )
         nll = token_loss(model, placement, hidden, batch) / tokens
-        objective, told = teaching.objective(lesson, nll, model, placement, hidden, batch)
+        objective, told, router = teaching.objective(lesson, nll, model, placement, hidden, router, batch)
         if not isinstance(router, RouterMetrics):  # of a dense model, or a Gemma
             return objective, (nll, jnp.zeros(()), jnp.zeros(()), None, told)
         router = sum_over(router, *BATCH_AXES)

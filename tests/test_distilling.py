@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 import train
-from tests.histories import text
+from tests.histories import stored, text
 from tests.small import worst
-from vishwamai_eqx import command_line, data, gemma, logbook, optim, prune, run, state, teaching
+from vishwamai_eqx import command_line, data, export, gemma, load, logbook, optim, prune, run, state, teaching
 from vishwamai_eqx.config import parse_mesh
 from vishwamai_eqx.feed import place
 from vishwamai_eqx.gemma_config import GemmaConfig
@@ -42,17 +42,22 @@ def settings(folder, run_dir, *more):
 
 
 def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path, capsys):
-    terms = ["--distill.reverse", "0.5", "0", "--distill.jensen-shannon", "0", "0.5", "--distill.temperature", "2"]
+    terms = "--distill.reverse 0.5 0 --distill.jensen-shannon 0 0.5 --distill.temperature 2 --distill.hidden 1"
+    terms = terms.split()
     assert train.main(settings(folder, tmp_path / "run", "--steps", "6", *terms)) == 0
     student = VishwamAITokenizer(tmp_path / "run" / "tokenizer")
     assert student.vocab_size == 304 and (tmp_path / "run" / "tokenizer" / prune.TEACHER_PIECES).exists()
     with logbook.connect(tmp_path / "run") as book:
         rows = [row for (row,) in book.execute("SELECT more FROM steps ORDER BY step").fetchall()]
     for row in rows:
-        assert {"forward", "reverse", "jensen_shannon", "kl", "agreement"} <= row.keys()
+        assert {"forward", "reverse", "jensen_shannon", "kl", "agreement", "hidden"} <= row.keys()
         assert all(row[name] > 0 for name in ("forward", "reverse", "jensen_shannon", "kl"))
         assert 0 <= row["agreement"] <= 1
-    assert rows[-1]["kl"] < rows[0]["kl"]
+    assert rows[-1]["kl"] < rows[0]["kl"] and rows[-1]["hidden"] < rows[0]["hidden"]
+    # Projections are the run's, not the model's.
+    assert stored(tmp_path / "run", 6)["model/projections/weight"].shape == (2, 32, 24)
+    export.export(tmp_path / "run", tmp_path / "out")
+    assert load(tmp_path / "out").model.projections is load(tmp_path / "run").model.projections is None
     capsys.readouterr()
     assert train.main(["--run-dir", str(tmp_path / "run"), "--replay", "5"]) == 0
     assert capsys.readouterr().out.count("agrees bit for bit") == 3
@@ -70,6 +75,7 @@ def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path,
 def steps(folder, tmp_path, mesh, microbatches):
     """Three steps in f64; what they say and the last state."""
     more = ["--optim.microbatches", str(microbatches), "--distill.reverse", "0.5", "0", "--distill.temperature", "2"]
+    more += ["--distill.hidden", "0.5", "--distill.student-layers", "1", "--distill.teacher-layers", "2"]
     config = command_line.parse(settings(folder, tmp_path / "run", *more))
     corpus = data.load_documents(config.data, config.seed, tmp_path)
     run.make_tokenizer(config, corpus, teaching.tokenizer(config))
@@ -97,6 +103,23 @@ def test_meshes_and_microbatches_do_not_change_what_is_learned(folder, tmp_path)
     assert worst(expected, found) < 1e-9
 
 
+@pytest.mark.slow
+def test_a_run_and_its_export_teach_alike(folder, tmp_path):
+    glob = str(folder.parent / "text" / "*.txt")
+    larger = [each for each in STUDENT.split() if "vocab" not in each]
+    teaching_run = ["--run-dir", str(tmp_path / "teacher"), "--data", glob, *larger, "--model.vocab-size", "330"]
+    assert train.main([*teaching_run, "--steps", "2"]) == 0
+    export.export(tmp_path / "teacher", tmp_path / "exported")
+    (tmp_path / "text").symlink_to(folder.parent / "text")
+    said = []
+    for name in ("teacher", "exported"):
+        run_dir = tmp_path / f"of-{name}"
+        assert train.main(settings(tmp_path / name, run_dir, "--steps", "2", "--distill.hidden", "1")) == 0
+        with logbook.connect(run_dir) as book:
+            said.append(book.execute("SELECT loss, more['kl'], more['hidden'] FROM steps ORDER BY step").fetchall())
+    assert said[0] == said[1] and said[0][0][1] > 0
+
+
 def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
     def refused(*arguments):
         with jax.log_compiles():
@@ -114,6 +137,11 @@ def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
     assert "distill.forward=(-1.0,) must be one weight" in refused("--distill.forward", "-1")
     assert "distill.temperature=0.0 must be above 0" in refused("--distill.temperature", "0")
     assert "distill.beta=1.0 must be above 0 and below 1" in refused("--distill.beta", "1")
+    assert "student_layers=(1, 3) must be from 1 to the 2" in refused(*["--distill.student-layers", "1", "3"])
+    assert "teacher_layers=(0,) must be from 1 to the 2" in refused(*["--distill.teacher-layers", "0"])
+    assert "teacher_layers=(1, 2) must be 1 layers" in refused(
+        *["--distill.student-layers", "1", "--distill.teacher-layers", "1", "2"]
+    )
     assert "must be given without init" in refused("--init", str(folder))
     assert "nowhere' must be a Gemma folder or a run" in refused("--teacher", str(tmp_path / "nowhere"))
     assert "must be a folder outside of dry runs" in refused("--teacher", "gemma-7b")

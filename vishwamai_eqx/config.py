@@ -145,6 +145,12 @@ class DistillConfig:
     """The teacher's share of that mixture."""
     temperature: float = 1.0
     """Of both distributions; the terms are multiplied by its square."""
+    hidden: tuple[float, ...] = (0.0,)
+    """Weight of the angle between what the layers put out, the student's through projections that are learned."""
+    student_layers: tuple[int, ...] = ()
+    """The student's layers, from 1, that are held beside `teacher_layers`; none: the ends of four equal parts."""
+    teacher_layers: tuple[int, ...] = ()
+    """The teacher's layers, one for each of `student_layers`."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from vishwamai_eqx.layers import PRODUCT_INPUT, Embedding, GatedMLP, TPULayerNor
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
 from vishwamai_eqx.nonfinite import TAP, tap
+from vishwamai_eqx.projections import Projections
 
 # Of preset tiny, with which the scales of embedding and logits were found.
 WIDTH = 128
@@ -72,6 +73,8 @@ class VishwamAI(eqx.Module):
     blocks: Block
     norm: TPULayerNorm
     untied_head: Embedding | None
+    projections: Projections | None
+    """Only where a run learns of a teacher's layers, while it is trained."""
     rope_theta: float = eqx.field(static=True)
     compute_dtype: str = eqx.field(static=True)
     fp8: bool = eqx.field(static=True)
@@ -147,6 +150,7 @@ class VishwamAI(eqx.Module):
         scale = jnp.full(hidden_size, min(1.0, WIDTH / hidden_size))
         self.norm = eqx.tree_at(lambda norm: norm.scale, TPULayerNorm(hidden_size), scale)
         self.untied_head = None if tie_embeddings else Embedding(vocab_size, hidden_size, std=std, key=head_key)
+        self.projections = None
         self.rope_theta, self.compute_dtype, self.fp8 = rope_theta, compute_dtype, fp8
         self.remat, self.scan_unroll = remat, scan_unroll
 
@@ -161,8 +165,15 @@ class VishwamAI(eqx.Module):
         placement: Any = None,
         first_row: Int[Array, ""] | int = 0,
         probes: Float[Array, "blocks"] | None = None,
-    ) -> tuple[Float[Array, "batch seq d_model"], KVCache | None, RouterMetrics | None]:
+        return_hidden: bool = False,
+    ) -> tuple[
+        Float[Array, "batch seq d_model"],
+        KVCache | None,
+        RouterMetrics | tuple[RouterMetrics | None, Float[Array, "layers batch seq d_model"]] | None,
+    ]:
         """Final hidden states, the cache with the new tokens in it, and the routers' metrics (of `[layers]`).
+
+        With `return_hidden` each block's output, before the final norm, comes beside the metrics.
 
         Segment 0 is padding: it is attended to by nothing and counted nowhere. With a cache, padding comes after a
         row's tokens, and `positions` follow the cache. `key` turns dropout on. `placement` is a tree like the model
@@ -189,7 +200,7 @@ class VishwamAI(eqx.Module):
         layers = jax.tree.leaves(self.blocks)[0].shape[0]
         block_placement = placement and jax.tree.map(without_layers, placement.blocks)
 
-        def layer(carry: tuple[Array, KVCache | None], xs: Any) -> tuple[tuple, RouterMetrics | None]:
+        def layer(carry: tuple[Array, KVCache | None], xs: Any) -> tuple[tuple, tuple]:
             x, cache = carry
             shards, index, probe = xs
             # Gathered here, inside what remat repeats, so that no more than one layer's weights live at a time.
@@ -197,18 +208,19 @@ class VishwamAI(eqx.Module):
             slot = None if cache is None else CacheSlot(cache, index)
             layer_key = None if key is None else jax.random.fold_in(key, index)
             x, cache, metrics = block(x, positions, angles, segment_ids, slot, key=layer_key, first_row=first_row)
-            return (x if probe is None else tap(x, probe), cache), metrics
+            x = x if probe is None else tap(x, probe)
+            return (x, cache), (metrics, x if return_hidden else None)
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         xs = (self.blocks, jnp.arange(layers), None if probes is None else probes[1:])
         # With a cache each layer is little work, and unrolling them buys compile time only.
         unroll = min(self.scan_unroll, layers) if cache is None else 1
-        (x, cache), metrics = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)
+        (x, cache), (metrics, outputs) = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)
         if cache is not None:
             cache = KVCache(cache.keys, cache.values, cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32))
         hidden = gather(self.norm, placement and placement.norm, dtype)(x)
-        return hidden, cache, metrics
+        return hidden, cache, metrics if outputs is None else (metrics, outputs)
 
     @property
     def stacks(self) -> list[Block]:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PRNGKeyArray
 
-from vishwamai_eqx import gemma, optim, skip
+from vishwamai_eqx import gemma, optim, skip, teacher
 from vishwamai_eqx.architecture import Model, abstract, build
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import place
+from vishwamai_eqx.projections import Projections, layer_pairs
 
 
 class TrainState(eqx.Module):
@@ -30,7 +31,7 @@ class TrainState(eqx.Module):
 
 def abstract_state(config: Config, compute_dtype: str, transform: optax.GradientTransformation) -> TrainState:
     """The state's shapes and types, nothing allocated."""
-    return jax.eval_shape(lambda: _begin(build(config, compute_dtype, jax.random.key(0)), transform))
+    return jax.eval_shape(lambda: _begin(_build(config, compute_dtype, jax.random.key(0)), transform))
 
 
 def placement(state: TrainState, sizes: dict[str, int], transform: optax.GradientTransformation) -> TrainState:
@@ -62,11 +63,24 @@ def initialise(
     if config.init is None:
         seed = config.seed
         new = jax.jit(
-            lambda: _begin(build(config, compute_dtype, jax.random.key(seed)), transform), out_shardings=shardings
+            lambda: _begin(_build(config, compute_dtype, jax.random.key(seed)), transform), out_shardings=shardings
         )
         return new()
     model = gemma.read(config.init, abstract(config, compute_dtype), np.dtype(np.float32), shardings.model)
     return jax.jit(lambda model: _begin(model, transform), donate_argnums=0, out_shardings=shardings)(model)
+
+
+def _build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
+    """The model as it is trained: with what it needs to learn of a teacher's layers."""
+    model = build(config, compute_dtype, key)
+    if config.teacher is None:
+        return model
+    theirs = teacher.configuration(config.teacher).model
+    pairs = layer_pairs(config.distill, config.model.num_layers, theirs.num_layers)
+    if not pairs:
+        return model
+    maps = Projections(len(pairs), config.model.hidden_size, theirs.hidden_size, key=jax.random.fold_in(key, 1))
+    return eqx.tree_at(lambda model: model.projections, model, maps, is_leaf=lambda leaf: leaf is None)
 
 
 def _begin(model: Model, transform: optax.GradientTransformation) -> TrainState:

@@ -20,8 +20,11 @@ from vishwamai_eqx.config import BATCH_AXES, Config, DistillConfig
 from vishwamai_eqx.data import Batch, Dataset, PairedBatch
 from vishwamai_eqx.distill import VocabularyMap, vocabulary_map
 from vishwamai_eqx.divergence import Closeness, Softness, Teacher, Terms, divergences
+from vishwamai_eqx.layers import wide
 from vishwamai_eqx.mesh import gather, place, sum_over
+from vishwamai_eqx.model import VishwamAI
 from vishwamai_eqx.pairs import Pairs
+from vishwamai_eqx.projections import layer_pairs
 from vishwamai_eqx.prune import teacher_pieces
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
@@ -38,6 +41,8 @@ class Told(NamedTuple):
 
     terms: Terms
     closeness: Closeness
+    hidden: Float[Array, ""] | None
+    """One minus the cosine of the angle between a layer's output and the teacher's."""
 
 
 class Lesson(NamedTuple):
@@ -50,6 +55,8 @@ class Lesson(NamedTuple):
     """How far the run is, from 0 to 1."""
     places: Float[Array, ""]
     """How many of the step's have a target."""
+    pairs: list[tuple[int, int]]
+    """The student's and the teacher's layers that are held beside each other."""
 
 
 def tokenizer(config: Config) -> VishwamAITokenizer | None:
@@ -119,11 +126,12 @@ def begin(
     config: Config, tutor: tuple[Tutor, ...], specs: tuple[Any, ...], batch: Batch | PairedBatch, step: Int[Array, ""]
 ) -> Lesson | None:
     """The lesson of a step, None without a teacher; `batch` is this device's, with all microbatches."""
-    if not tutor or not isinstance(batch, PairedBatch):
+    if not tutor or config.teacher is None or not isinstance(batch, PairedBatch):
         return None
     places = sum_over((batch.places >= 0).sum(dtype=jnp.float32), *BATCH_AXES)
     progress = step / max(config.optim.steps - 1, 1)
-    return Lesson(tutor[0], specs[0], config.distill, progress.astype(jnp.float32), jnp.maximum(places, 1))
+    pairs = layer_pairs(config.distill, config.model.num_layers, teacher.configuration(config.teacher).model.num_layers)
+    return Lesson(tutor[0], specs[0], config.distill, progress.astype(jnp.float32), jnp.maximum(places, 1), pairs)
 
 
 def objective(
@@ -132,21 +140,24 @@ def objective(
     model: Model,
     placement: Model | None,
     hidden: Float[Array, "batch seq d_model"],
+    metrics: Any,
     batch: Batch | PairedBatch,
-) -> tuple[Float[Array, ""], Told | None]:
-    """A microbatch's part of what a step lowers, and of what it says of the teacher.
+) -> tuple[Float[Array, ""], Told | None, Any]:
+    """A microbatch's part of what a step lowers, and of what it says of the teacher; and the routers' metrics.
 
-    `nll` is its part of the cross-entropy, which is all there is without a teacher.
+    `nll` is its part of the cross-entropy, which is all there is without a teacher. Where the lesson has pairs of
+    layers, their outputs come with the metrics.
     """
     if lesson is None or not isinstance(batch, PairedBatch):
-        return nll, None
+        return nll, None, metrics
     distill, tutor, specs = lesson.distill, lesson.tutor, lesson.specs
     with jax.named_scope("teacher"):
-        theirs, *_ = tutor.model(
+        theirs, _, *rest = tutor.model(
             batch.teacher_tokens,
             segment_ids=batch.teacher_segment_ids,
             positions=batch.teacher_positions,
             placement=specs.model,
+            return_hidden=bool(lesson.pairs),
         )
         their_head = gather(tutor.model.head_weight, specs.model.head_weight, theirs.dtype)
     head = gather(model.head_weight, placement and placement.head_weight, hidden.dtype)
@@ -164,7 +175,41 @@ def objective(
         known = (batch.places >= 0).astype(jnp.float32)
         sums = sum_over(divergences(ended, head.weight, teaching, known, weights, softness), *BATCH_AXES)
         total, terms, closeness = jax.tree.map(lambda of_all: of_all / lesson.places, sums)
-    return scheduled(distill.cross_entropy, lesson.progress) * nll + total, Told(terms, closeness)
+    total += scheduled(distill.cross_entropy, lesson.progress) * nll
+    if not lesson.pairs:
+        return total, Told(terms, closeness, None), metrics
+    metrics, layers = metrics
+    # A Gemma's outputs are what it gives back in place of metrics.
+    said: Any = rest[0]
+    their_layers = said if isinstance(said, list) else said[1]
+    with jax.named_scope("hidden_states"):
+        angles = sum_over(apart(lesson, model, placement, layers, their_layers, batch), *BATCH_AXES) / lesson.places
+    return total + scheduled(distill.hidden, lesson.progress) * angles, Told(terms, closeness, angles), metrics
+
+
+def apart(
+    lesson: Lesson, model: Model, placement: Model | None, mine: Any, theirs: Any, batch: PairedBatch
+) -> Float[Array, ""]:
+    """The sum over places of one minus the cosine between each pair of layers' outputs, on average over the pairs.
+
+    Like the teacher's targets it is taken where the teacher's tokens end. The student's outputs go through its
+    projections; only the angle counts, since residual streams grow from layer to layer, each model's in its own way.
+    """
+    assert isinstance(model, VishwamAI) and model.projections is not None
+    assert placement is None or isinstance(placement, VishwamAI)
+    weight = gather(model.projections, placement and placement.projections, mine.dtype).weight
+    known = batch.places >= 0
+
+    def unit(x: Array) -> Array:
+        x = x.astype(wide(x.dtype))
+        return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
+
+    total = jnp.zeros((), wide(mine.dtype))
+    for number, (layer, teacher_layer) in enumerate(lesson.pairs):
+        ended = jnp.take_along_axis(mine[layer - 1], jnp.maximum(batch.places, 0)[..., None], axis=1)
+        cosine = jnp.sum(unit(ended @ weight[number]) * unit(theirs[teacher_layer - 1]), axis=-1)
+        total += jnp.sum((1 - cosine) * known)
+    return total / len(lesson.pairs)
 
 
 def scheduled(values: tuple[float, ...], progress: Float[Array, ""]) -> Float[Array, ""]:
@@ -174,5 +219,5 @@ def scheduled(values: tuple[float, ...], progress: Float[Array, ""]) -> Float[Ar
 
 def row(told: Told | None) -> dict[str, Array]:
     """What a step says of the teacher, for the logbook."""
-    found = {} if told is None else {**vars(told.terms), **vars(told.closeness)}
+    found = {} if told is None else {**vars(told.terms), **vars(told.closeness), "hidden": told.hidden}
     return {name: value for name, value in found.items() if value is not None}

@@ -181,10 +181,16 @@ def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> 
     require("model.max_seq_len", length, length <= longest, f"at most the {longest} of the teacher", longest)
     pieces, most = config.model.vocab_size, their.model.vocab_size
     require("model.vocab_size", pieces, pieces <= most, f"at most the {most} of the teacher, of which they are", most)
-    for name in ("cross_entropy", "forward", "reverse", "jensen_shannon"):
+    for name in ("cross_entropy", "forward", "reverse", "jensen_shannon", "hidden"):
         values = getattr(distill, name)
         holds = len(values) in (1, 2) and all(0 <= value < math.inf for value in values)
         require(f"distill.{name}", values, holds, "one weight of at least 0, or a first and a last one", "1")
+    pairs = len(distill.student_layers), len(distill.teacher_layers)
+    require("distill.teacher_layers", distill.teacher_layers, pairs[0] == pairs[1], f"{pairs[0]} layers", "as many")
+    for name, model in (("student", config.model), ("teacher", their.model)):
+        layers, last = getattr(distill, f"{name}_layers"), model.num_layers
+        holds = all(1 <= layer <= last for layer in layers)
+        require(f"distill.{name}_layers", layers, holds, f"from 1 to the {last} that there are", last)
     require("distill.beta", distill.beta, 0 < distill.beta < 1, "above 0 and below 1", field_default("distill.beta"))
     holds = 0 < distill.temperature < math.inf
     require("distill.temperature", distill.temperature, holds, "above 0 and finite", 1)
