@@ -283,7 +283,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         """Log an event, and show it unless all is well: a damaged file, a save that failed, a run that hangs."""
         log.event(kind, message, step=step)
         if kind != "checkpoint":
-            console.print(message, highlight=False, markup=False)
+            console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     with (
         Logbook(

@@ -17,9 +17,11 @@ from vishwamai_eqx.config import Config, from_dict, to_dict
 
 NAME = "config.json"
 # Settings that may differ when a run is resumed: they change what is looked at, not what is computed. With those of
-# `guard` a run that stopped for too many skipped steps gets past them.
+# `guard` a run that stopped for too many skipped steps gets past them. A teacher may have moved: checkpoints know it by
+# what it knows.
 FREE = (
     "run_dir",
+    "teacher",
     "mesh",
     "dry_run",
     "topology",
