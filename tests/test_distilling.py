@@ -42,16 +42,16 @@ def settings(folder, run_dir, *more):
 
 
 def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path, capsys):
-    terms = "--distill.reverse 0.5 0 --distill.jensen-shannon 0 0.5 --distill.temperature 2 --distill.hidden 1"
-    terms = terms.split()
+    terms = "--distill.reverse 0.5 0 --distill.jensen-shannon 0 0.5 --distill.temperature 2"
+    terms = f"{terms} --distill.hidden 1 --distill.attention 1".split()
     assert train.main(settings(folder, tmp_path / "run", "--steps", "6", *terms)) == 0
     student = VishwamAITokenizer(tmp_path / "run" / "tokenizer")
     assert student.vocab_size == 304 and (tmp_path / "run" / "tokenizer" / prune.TEACHER_PIECES).exists()
     with logbook.connect(tmp_path / "run") as book:
         rows = [row for (row,) in book.execute("SELECT more FROM steps ORDER BY step").fetchall()]
     for row in rows:
-        assert {"forward", "reverse", "jensen_shannon", "kl", "agreement", "hidden"} <= row.keys()
-        assert all(row[name] > 0 for name in ("forward", "reverse", "jensen_shannon", "kl"))
+        assert {"forward", "reverse", "jensen_shannon", "kl", "agreement", "hidden", "attention"} <= row.keys()
+        assert all(row[name] > 0 for name in ("forward", "reverse", "jensen_shannon", "kl", "attention"))
         assert 0 <= row["agreement"] <= 1
     assert rows[-1]["kl"] < rows[0]["kl"] and rows[-1]["hidden"] < rows[0]["hidden"]
     # Projections are the run's, not the model's.
@@ -72,10 +72,11 @@ def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path,
     assert "the teacher has changed in mid-run" in capsys.readouterr().err
 
 
-def steps(folder, tmp_path, mesh, microbatches):
+def steps(folder, tmp_path, mesh, microbatches, *terms):
     """Three steps in f64; what they say and the last state."""
-    more = ["--optim.microbatches", str(microbatches), "--distill.reverse", "0.5", "0", "--distill.temperature", "2"]
-    more += ["--distill.hidden", "0.5", "--distill.student-layers", "1", "--distill.teacher-layers", "2"]
+    more = "--distill.reverse 0.5 0 --distill.temperature 2 --distill.hidden 0.5"
+    more += f" --distill.student-layers 1 2 --distill.teacher-layers 2 2 --optim.microbatches {microbatches}"
+    more = [*more.split(), *terms]
     config = command_line.parse(settings(folder, tmp_path / "run", *more))
     corpus = data.load_documents(config.data, config.seed, tmp_path)
     run.make_tokenizer(config, corpus, teaching.tokenizer(config))
@@ -96,10 +97,14 @@ def steps(folder, tmp_path, mesh, microbatches):
 
 
 @pytest.mark.slow
-def test_meshes_and_microbatches_do_not_change_what_is_learned(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("mesh", "microbatches", "more"),
+    [("data=2,expert=2,model=2", 2, []), ("data=4,expert=2", 1, ["--distill.attention", "0.5"])],
+)
+def test_meshes_and_microbatches_do_not_change_what_is_learned(folder, tmp_path, mesh, microbatches, more):
     with jax.enable_x64(True):
-        expected = steps(folder, tmp_path / "one", "data=1", 1)
-        found = steps(folder, tmp_path / "eight", "data=2,expert=2,model=2", 2)
+        expected = steps(folder, tmp_path / "one", "data=1", 1, *more)
+        found = steps(folder, tmp_path / "eight", mesh, microbatches, *more)
     assert worst(expected, found) < 1e-9
 
 
@@ -141,6 +146,15 @@ def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
     assert "teacher_layers=(0,) must be from 1 to the 2" in refused(*["--distill.teacher-layers", "0"])
     assert "teacher_layers=(1, 2) must be 1 layers" in refused(
         *["--distill.student-layers", "1", "--distill.teacher-layers", "1", "2"]
+    )
+    assert "relation_heads=5 must be a divisor of" in refused(
+        *["--distill.attention", "1", "--distill.relation-heads", "5"]
+    )
+    assert "distill.attention=(1.0,) must be 0 with the mesh's model" in refused(
+        *["--distill.attention", "1", "--mesh", "data=4,model=2"]
+    )
+    assert "must be 0 where the last of the layers is the first" in refused(
+        *["--distill.attention", "1", "--distill.student-layers", "1", "--distill.teacher-layers", "2"]
     )
     assert "must be given without init" in refused("--init", str(folder))
     assert "nowhere' must be a Gemma folder or a run" in refused("--teacher", str(tmp_path / "nowhere"))

@@ -147,6 +147,10 @@ class DistillConfig:
     """Of both distributions; the terms are multiplied by its square."""
     hidden: tuple[float, ...] = (0.0,)
     """Weight of the angle between what the layers put out, the student's through projections that are learned."""
+    attention: tuple[float, ...] = (0.0,)
+    """Weight of the divergence of how tokens attend to each other in the last of the layers below."""
+    relation_heads: int = 4
+    """Parts that queries, keys and values are cut into for it, in both models."""
     student_layers: tuple[int, ...] = ()
     """The student's layers, from 1, that are held beside `teacher_layers`; none: the ends of four equal parts."""
     teacher_layers: tuple[int, ...] = ()

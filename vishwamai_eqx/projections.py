@@ -23,7 +23,7 @@ class Projections(eqx.Module):
 
 def layer_pairs(distill: DistillConfig, layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     """The student's and the teacher's layers that are held beside each other, from 1; none without a weight."""
-    if not any(distill.hidden):
+    if not any(distill.hidden + distill.attention):
         return []
     if distill.student_layers or distill.teacher_layers:
         return list(zip(distill.student_layers, distill.teacher_layers, strict=True))

@@ -11,7 +11,8 @@ class Speed:
     """A step's row for the logbook, with tokens per second and, where the chip's peak is known, FLOPs utilisation."""
 
     def __init__(self, config: Config, kind: str, devices: int):
-        self.flops, self.peak = flops.per_token(config), flops.PEAK_FLOPS.get(kind, 0.0) * devices
+        self.flops = flops.per_token(config) + flops.of_teacher(config)
+        self.peak = flops.PEAK_FLOPS.get(kind, 0.0) * devices
         self.previous: Any = None
         self.time, self.note = time.perf_counter(), ""
 

@@ -77,7 +77,7 @@ def _build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
         return model
     theirs = teacher.configuration(config.teacher).model
     pairs = layer_pairs(config.distill, config.model.num_layers, theirs.num_layers)
-    if not pairs:
+    if not any(config.distill.hidden):
         return model
     maps = Projections(len(pairs), config.model.hidden_size, theirs.hidden_size, key=jax.random.fold_in(key, 1))
     return eqx.tree_at(lambda model: model.projections, model, maps, is_leaf=lambda leaf: leaf is None)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from vishwamai_eqx import teacher
+from vishwamai_eqx import relations, teacher
 from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.config import BATCH_AXES, Config, DistillConfig
 from vishwamai_eqx.data import Batch, Dataset, PairedBatch
@@ -43,6 +43,7 @@ class Told(NamedTuple):
     closeness: Closeness
     hidden: Float[Array, ""] | None
     """One minus the cosine of the angle between a layer's output and the teacher's."""
+    attention: Float[Array, ""] | None
 
 
 class Lesson(NamedTuple):
@@ -177,14 +178,35 @@ def objective(
         total, terms, closeness = jax.tree.map(lambda of_all: of_all / lesson.places, sums)
     total += scheduled(distill.cross_entropy, lesson.progress) * nll
     if not lesson.pairs:
-        return total, Told(terms, closeness, None), metrics
+        return total, Told(terms, closeness, None, None), metrics
     metrics, layers = metrics
     # A Gemma's outputs are what it gives back in place of metrics.
     said: Any = rest[0]
     their_layers = said if isinstance(said, list) else said[1]
-    with jax.named_scope("hidden_states"):
-        angles = sum_over(apart(lesson, model, placement, layers, their_layers, batch), *BATCH_AXES) / lesson.places
-    return total + scheduled(distill.hidden, lesson.progress) * angles, Told(terms, closeness, angles), metrics
+    angles = relation = None
+    if any(distill.hidden):
+        with jax.named_scope("hidden_states"):
+            angles = sum_over(apart(lesson, model, placement, layers, their_layers, batch), *BATCH_AXES) / lesson.places
+            total += scheduled(distill.hidden, lesson.progress) * angles
+    if any(distill.attention):
+        with jax.named_scope("relations"):
+            summed = sum_over(related(lesson, model, placement, layers, their_layers, batch), *BATCH_AXES)
+            relation = summed / lesson.places
+            total += scheduled(distill.attention, lesson.progress) * relation
+    return total, Told(terms, closeness, angles, relation), metrics
+
+
+def related(
+    lesson: Lesson, model: Model, placement: Any, mine: Any, theirs: Any, batch: PairedBatch
+) -> Float[Array, ""]:
+    """The sum over places of the divergence of a layer's relations from the teacher's: of the last pair of layers."""
+    layer, teacher_layer = lesson.pairs[-1]
+    ends = jnp.maximum(batch.places, 0)[..., None]
+    made = relations.projected(model, placement, layer, mine[layer - 2])
+    made = [jnp.take_along_axis(each, ends, axis=1) for each in made]
+    wanted = relations.projected(lesson.tutor.model, lesson.specs.model, teacher_layer, theirs[teacher_layer - 2])
+    heads = lesson.distill.relation_heads
+    return relations.divergence(made, wanted, batch.teacher_segment_ids, batch.places >= 0, heads)
 
 
 def apart(
@@ -219,5 +241,7 @@ def scheduled(values: tuple[float, ...], progress: Float[Array, ""]) -> Float[Ar
 
 def row(told: Told | None) -> dict[str, Array]:
     """What a step says of the teacher, for the logbook."""
-    found = {} if told is None else {**vars(told.terms), **vars(told.closeness), "hidden": told.hidden}
+    if told is None:
+        return {}
+    found = {**vars(told.terms), **vars(told.closeness), "hidden": told.hidden, "attention": told.attention}
     return {name: value for name, value in found.items() if value is not None}

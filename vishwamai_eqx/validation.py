@@ -4,9 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
-from vishwamai_eqx import teacher
+from vishwamai_eqx import flops, teacher
 from vishwamai_eqx.config import BATCH_AXES, PRESETS, SMALLEST_VOCABULARY, Config, ModelConfig, nearest, parse_mesh
 from vishwamai_eqx.factors import closest, divisors
+from vishwamai_eqx.projections import layer_pairs
 
 
 def problems(config: Config, devices: int, platform: str | None = None, processes: int = 1) -> list[str]:
@@ -44,6 +45,8 @@ def problems(config: Config, devices: int, platform: str | None = None, processe
     _on_mesh(require, possible, config, sizes)
     if their is not None:
         rows, over = their.model.vocab_size, sizes["model"]
+        attention = config.distill.attention
+        require("distill.attention", attention, over == 1 or not any(attention), "0 with the mesh's model above 1", 0)
         fix = f"mesh model={closest(divisors(rows), over)}"
         require("teacher", str(config.teacher), rows % over == 0, f"of rows that the mesh's model={over} divides", fix)
     used = math.prod(sizes.values())
@@ -181,7 +184,7 @@ def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> 
     require("model.max_seq_len", length, length <= longest, f"at most the {longest} of the teacher", longest)
     pieces, most = config.model.vocab_size, their.model.vocab_size
     require("model.vocab_size", pieces, pieces <= most, f"at most the {most} of the teacher, of which they are", most)
-    for name in ("cross_entropy", "forward", "reverse", "jensen_shannon", "hidden"):
+    for name in ("cross_entropy", "forward", "reverse", "jensen_shannon", "hidden", "attention"):
         values = getattr(distill, name)
         holds = len(values) in (1, 2) and all(0 <= value < math.inf for value in values)
         require(f"distill.{name}", values, holds, "one weight of at least 0, or a first and a last one", "1")
@@ -191,9 +194,20 @@ def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> 
         layers, last = getattr(distill, f"{name}_layers"), model.num_layers
         holds = all(1 <= layer <= last for layer in layers)
         require(f"distill.{name}_layers", layers, holds, f"from 1 to the {last} that there are", last)
+    if any(distill.attention) and pairs[0] == pairs[1]:
+        heads, widths = distill.relation_heads, [it * flops.head_dim(of) for of in (config, their) for it in _heads(of)]
+        common = divisors(math.gcd(*widths))
+        constraint = f"a divisor of the queries' and keys' widths, {', '.join(map(str, widths))}"
+        require("distill.relation_heads", heads, heads in common, constraint, closest(common, heads))
+        last = layer_pairs(distill, config.model.num_layers, their.model.num_layers)[-1]
+        require("distill.attention", distill.attention, min(last) > 1, "0 where the last of the layers is the first", 0)
     require("distill.beta", distill.beta, 0 < distill.beta < 1, "above 0 and below 1", field_default("distill.beta"))
     holds = 0 < distill.temperature < math.inf
     require("distill.temperature", distill.temperature, holds, "above 0 and finite", 1)
+
+
+def _heads(config: Config) -> tuple[int, int]:
+    return config.model.num_heads, config.model.num_kv_heads
 
 
 def _on_mesh(
