@@ -11,7 +11,7 @@ import train
 from tests.histories import stored, text
 from tests.small import worst
 from vishwamai_eqx import command_line, data, export, gemma, load, logbook, optim, prune, run, state, teaching
-from vishwamai_eqx.config import parse_mesh
+from vishwamai_eqx.config import parse_mesh, to_dict
 from vishwamai_eqx.feed import place
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.mesh import make_mesh
@@ -159,6 +159,11 @@ def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
     assert "must be given without init" in refused("--init", str(folder))
     assert "nowhere' must be a Gemma folder or a run" in refused("--teacher", str(tmp_path / "nowhere"))
     assert "must be a folder outside of dry runs" in refused("--teacher", "gemma-7b")
+    fresh = shutil.copytree(folder, tmp_path / "fresh", ignore=shutil.ignore_patterns("model*"))
+    run_of_it = to_dict(command_line.parse(["--init", str(folder), "--run-dir", str(tmp_path / "none")]))
+    (fresh / "config.json").write_text(json.dumps(run_of_it))
+    shutil.copytree(fresh, fresh / "tokenizer")
+    assert "must have a good checkpoint" in refused("--teacher", str(fresh))
     prefixed = shutil.copytree(folder, tmp_path / "prefixed")
     proto = VishwamAITokenizer(folder).proto
     proto.normalizer_spec.add_dummy_prefix = True

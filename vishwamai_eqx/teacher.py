@@ -83,13 +83,22 @@ def load(folder: Path, abstract: Model) -> Model:
 
 
 def fingerprint(folder: Path) -> str:
-    """Sixteen hexadecimal digits that name what the teacher knows, without reading all of it."""
+    """Sixteen hexadecimal digits that name what the teacher knows, without reading all of it.
+
+    **Raises** ValueError where a run has no checkpoint yet.
+    """
     found = blake2b((folder / "config.json").read_bytes(), digest_size=8)
     if huggingface_model.files_in(folder):
         for path in sorted(folder.glob("*.safetensors")):
             with path.open("rb") as file:
                 found.update(repr([path.name, path.stat().st_size]).encode() + file.read(1 << 20))
     else:
-        newest = max(checkpoint.steps(folder / "checkpoints"), default=0)
-        found.update(repr(manifest.read(folder / "checkpoints" / str(newest))).encode())
+        steps = checkpoint.steps(folder / "checkpoints")
+        try:
+            found.update(repr(manifest.read(folder / "checkpoints" / str(max(steps, default=0)))).encode())
+        except manifest.DamagedError as error:
+            raise ValueError(
+                f"teacher={str(folder)!r} must have a good checkpoint, and of its newest {error}; train it first, or "
+                "go on with it once, which puts a damaged one aside"
+            ) from None
     return found.hexdigest()
