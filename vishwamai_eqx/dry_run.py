@@ -99,7 +99,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
             "parameters": by_hand.parameters,
             "optimizer": by_hand.optimizer,
             "gradients": by_hand.gradients,
-            "teacher": by_hand.teacher,
+            **({"teacher": by_hand.teacher} if config.teacher is not None else {}),
             # All the rest of the compiler's, which does not say what of it is activations.
             "temporaries": compiled.peak - known,
         },
@@ -138,7 +138,11 @@ def text(report: dict[str, Any]) -> str:
         f"parameters: {counts['total']:,}, {counts['active']:,} of them active for a token",
         "",
         f"{'HBM a device, GiB':24}{'by hand':>10}{'compiler':>10}",
-        *(_sizes(name, hand[name], hbm[name]) for name in ("parameters", "optimizer", "gradients", "teacher")),
+        *(
+            _sizes(name, hand[name], hbm[name])
+            for name in ("parameters", "optimizer", "gradients", "teacher")
+            if name in hbm
+        ),
         _sizes("activations", hand["activations"], None),
         _sizes("temporaries", hand["temporaries"], None),
         _sizes("  both together", hand["activations"] + hand["temporaries"], hbm["temporaries"]),
