@@ -1,7 +1,8 @@
 """A run's model as a folder of its own: `python -m vishwamai_eqx.export RUN DIR`.
 
-DIR gets the weights as safetensors, the tokenizer, config.json and a model card; `vishwamai_eqx.load(DIR)` and
-`generate.py --run-dir DIR` read it as they read the run. A Gemma that was fine-tuned becomes a Gemma folder, for
+DIR gets the weights as safetensors, the tokenizer, config.json and a model
+card; `vishwamai_eqx.load(DIR)` and `generate.py --run-dir DIR` read it as they
+read the run. A Gemma that was fine-tuned becomes a Gemma folder, for
 `vishwamai_eqx.gemma.load(DIR)`, `generate.py --model DIR` and `transformers`.
 """
 

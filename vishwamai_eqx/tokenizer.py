@@ -139,6 +139,8 @@ class VishwamAITokenizer:
 
     def encode_ids(self, text: str) -> list[int]:
         """The ids of one text's pieces, without special tokens and never truncated; repeated texts are remembered."""
+        if not isinstance(text, str):
+            raise ValueError(_not_text([text]))
         return list(self._remembered(text) if len(text) <= CACHED_CHARACTERS else self._pieces(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
@@ -164,14 +166,16 @@ class VishwamAITokenizer:
     ) -> dict[str, Int32[np.ndarray, "batch seq"]]:
         """`input_ids` and `attention_mask` of one text or several, a row each, padded on the right to a shared bucket.
 
-        Rows are cut to `max_length` tokens (the constructor's if not given). The mask serves as segment ids as it is.
+        Rows are cut to `max_length` tokens (the constructor's if not given), the text's before those around it. The
+        mask serves as segment ids as it is. **Raises** ValueError for what is no text.
         """
         limit = self.max_length if max_length is None else max_length
         if limit < 1:
             raise ValueError(f"max_length={limit}: give at least 1 token")
         start, end = [self.bos_id] * add_bos, [self.eos_id] * add_eos
-        texts = [text] if isinstance(text, str) else list(text)
-        rows = [(start + self.encode_ids(each) + end)[:limit] for each in texts]
+        texts = list(text) if isinstance(text, Iterable) and not isinstance(text, (str, bytes)) else [text]
+        room = max(0, limit - len(start) - len(end))
+        rows = [(start + self.encode_ids(each)[:room] + end)[:limit] for each in texts]
         longest = max(map(len, rows), default=0)
         bucket = SMALLEST_BUCKET
         while bucket < longest:
@@ -275,15 +279,17 @@ def _load(path: Path) -> tuple[sentencepiece.SentencePieceProcessor, ModelProto]
         raise ValueError(f"{path}: not a SentencePiece model, or a damaged one; copy or train it again") from None
 
 
-def _not_text(texts: list[str]) -> str:
+def _not_text(texts: Sequence[object]) -> str:
     for text in texts:
+        if not isinstance(text, str):
+            return f"text {text!r:.40} is of type {type(text).__name__}: give str"
         for position, character in enumerate(text):
             if "\ud800" <= character <= "\udfff":
                 return (
                     f"text {text[max(0, position - 10) : position + 10]!r}: character {position} is half of a "
                     "surrogate pair, which UTF-8 cannot hold; decode the text with errors='replace'"
                 )
-    return "text could not be encoded: give str"
+    return "text could not be encoded"
 
 
 def _train_command(

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -87,7 +89,29 @@ def test_max_length_cuts_calls_and_nothing_else():
     assert tokenizer.encode(text, max_length=3)["input_ids"].tolist() == [
         [tokenizer.bos_id, *tokenizer.encode_ids("xx")]
     ]
+    around = tokenizer.encode(text, max_length=4, add_eos=True)["input_ids"].tolist()
+    assert around == [[tokenizer.bos_id, *tokenizer.encode_ids("xx"), tokenizer.eos_id]]
     assert len(tokenizer.encode_ids(text)) == len(tokenizer.encode_batch([text])[0]) == 100
+
+
+def test_what_is_no_text_is_refused_in_words():
+    """Where it is used, without the tests' checks of types."""
+    program = f"""
+from vishwamai_eqx.tokenizer import VishwamAITokenizer
+tokenizer = VishwamAITokenizer({str(FIXTURE)!r})
+for text in (b"x", 5, None, ["a", b"x"]):
+    try:
+        tokenizer.encode(text)
+    except ValueError as refusal:
+        print(refusal)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [line.partition(" is of")[0] for line in ran.stdout.splitlines()] == [
+        "text b'x'",
+        "text 5",
+        "text None",
+        "text b'x'",
+    ]
 
 
 def test_repeated_texts_are_remembered_within_bounds():
