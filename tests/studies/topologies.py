@@ -26,6 +26,13 @@ CASES = {
     "large on v5p": ("v5p:4x8x8", "--preset large --optim.batch-size 256"),
     "large on v3": ("v3:16x16", "--preset large --optim.batch-size 512"),
     "no remat": ("v3:2x2", "--preset base --optim.batch-size 8 --model.num-layers 8 --model.remat none"),
+    "dense, of equal active FLOPs": (
+        "v3:2x2",
+        "--preset base --optim.batch-size 32 --model.num-experts 1 --model.experts-per-token 1 --model.ffn-dim 6144",
+    ),
+    "experts placed": ("v3:2x2", "--preset base --optim.batch-size 32 --mesh data=4,expert=2"),
+    "heads and vocabulary divided": ("v3:2x2", "--preset base --optim.batch-size 32 --mesh data=4,model=2"),
+    "2x2x2": ("v3:2x2", "--preset base --optim.batch-size 32 --mesh data=2,expert=2,model=2"),
     "two microbatches": ("v3:2x2", "--preset base --optim.batch-size 64 --optim.microbatches 2"),
 }
 
