@@ -9,11 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import train
 from tests.histories import SETTINGS, numbers, stored, text
+from tests.small import MIXED, small
+from tests.test_train import OTHERWISE, WEIGHTS, run, to_one_expert
 
 # jax gives a process that it does not hear of 100 s; here the tests would wait for that.
 PROGRAM = """
@@ -21,6 +24,32 @@ import sys, train, functools, jax
 jax.distributed.initialize = functools.partial(jax.distributed.initialize, heartbeat_timeout_seconds=10)
 sys.exit(train.main(sys.argv[1:]))
 """
+
+# Both processes do the same steps in f64; what they say of them the first one leaves behind.
+STEPS = """
+import sys, jax
+address, index, path = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+import numpy as np
+from tests.small import MIXED
+from tests.test_processes import MESHES
+from tests.test_train import OTHERWISE, WEIGHTS, run_on_devices, small, to_one_expert
+found = {}
+with jax.enable_x64(True):
+    for name, (mesh, microbatches, model) in MESHES.items():
+        start = to_one_expert if name == "one expert" else lambda s: s
+        config = small(optim={**WEIGHTS, "microbatches": microbatches}, **model)
+        metrics, _ = run_on_devices(config, mesh, 6, "float64", start)
+        found[name] = np.array([float(it.loss) for it in metrics])
+if jax.process_index() == 0:
+    np.savez(path, **found)
+"""
+# Axes that cross the processes, and all the rest: remat, untied embeddings, dropout, accumulation.
+MESHES = {
+    "data": ({"data": 8}, 1, OTHERWISE),
+    "mixed": (MIXED, 2, OTHERWISE),
+    "one expert": (MIXED, 1, {"experts_per_token": 1}),
+}
 
 # Ours where a collective fails at once, jax's where it hangs.
 LOST = re.compile("another of its processes was lost|another task died")
@@ -36,19 +65,23 @@ def two(run_dir: Path, corpus: str, *more: str, second: tuple[str, ...] = ()) ->
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = (f"--processes.address=127.0.0.1:{free.getsockname()[1]}", "--processes.count=2")
-    folder = Path(train.__file__).parent
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, *arguments(run_dir, corpus, *more), *(second * index), *where, own],
-            cwd=folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        started("-c", PROGRAM, *arguments(run_dir, corpus, *more), *(second * index), *where, own)
         for index, own in enumerate(["--processes.index=0", "--processes.index=1"])
     ]
+
+
+def started(*command: str) -> subprocess.Popen:
+    """A process of four devices, compiling as this one does: other programs draw other last bits."""
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=Path(train.__file__).parent,
+        env={**os.environ, "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -105,6 +138,23 @@ def test_lost_stopped_and_ended_by_one_process_it_has_the_numbers_of_one_process
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_steps_of_two_processes_have_the_losses_of_one_device(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    path = tmp_path / "losses.npz"
+    processes = [started("-c", STEPS, address, str(index), str(path)) for index in range(2)]
+    (first, *_), (second, *_) = said = ended(processes)
+    assert (first, second) == (0, 0), said
+    with np.load(path) as found, jax.enable_x64(True):
+        assert found.keys() == MESHES.keys()
+        for name, (_, _, model) in MESHES.items():
+            start = to_one_expert if name == "one expert" else lambda s: s
+            expected, _ = run(small(optim=WEIGHTS, **model), {}, 6, "float64", start)
+            np.testing.assert_allclose(found[name], [float(it.loss) for it in expected], rtol=1e-9, err_msg=name)
 
 
 @pytest.mark.slow

@@ -20,15 +20,20 @@ from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.state import TrainState
 
+Start = Callable[[TrainState], TrainState]
+
 
 def run(
-    config: Config,
-    mesh: dict[str, int],
-    steps: int,
-    dtype: str,
-    start: Callable[[TrainState], TrainState] = lambda s: s,
+    config: Config, mesh: dict[str, int], steps: int, dtype: str, start: Start = lambda s: s
 ) -> tuple[list[train.Metrics], TrainState]:
     """Some steps on a mesh of those sizes; the metrics of each and the last state."""
+    return jax.device_get(run_on_devices(config, mesh, steps, dtype, start))
+
+
+def run_on_devices(
+    config: Config, mesh: dict[str, int], steps: int, dtype: str, start: Start = lambda s: s
+) -> tuple[list[train.Metrics], TrainState]:
+    """The same where the state may be in several processes: it stays there."""
     devices, transform = make_mesh(mesh), optim.optimizer(config.optim)
     abstract = state.abstract_state(config, dtype, transform)
     specs = state.placement(abstract, dict(devices.shape), transform)
@@ -43,7 +48,7 @@ def run(
         parts = jax.tree.map(lambda rows: rows.reshape(config.optim.microbatches, -1, rows.shape[-1]), batch)
         current, more = step(current, jax.device_put(parts, NamedSharding(devices, train.MICROBATCHES)))
         metrics.append(jax.device_get(more))
-    return metrics, jax.device_get(current)
+    return metrics, current
 
 
 # Every loss term is large enough here for a mistake in it to show, and the clip bites. No share of the warm-up is a

@@ -106,6 +106,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
         "hbm_by_hand": {**dataclasses.asdict(by_hand), "peak": by_hand.peak},
         "flops_per_token": {"hand": of_model, "compiler": counted, "again": again},
         "collective_bytes": {} if program is None else program.bytes_by_kind,
+        "gathered_at_once": None if program is None else program.gathered,
         "roofline": {
             "seconds": bound.seconds,
             "mfu": bound.mfu,
@@ -157,6 +158,8 @@ def text(report: dict[str, Any]) -> str:
         ),
     ]
     lines += [f"{kind} a step: {size / 1e9:.4g} GB" for kind, size in sorted(report["collective_bytes"].items())]
+    if report["gathered_at_once"] is not None:
+        lines.append(f"gathered arrays at once: {report['gathered_at_once'] / 1e9:.4g} GB at most")
     terms = (
         ("compute", "FLOPs", line["flops"], line["peak_flops"], "FLOP/s"),
         ("hbm", "HBM bytes", line["hbm_bytes"], line["hbm_bandwidth"], "B/s"),

@@ -74,6 +74,8 @@ class Program:
 
     collectives: tuple[Collective, ...]
     products: tuple[Product, ...]
+    gathered: int
+    """Bytes of gathered arrays that can be there at once."""
 
     @property
     def flops(self) -> float:
@@ -117,9 +119,13 @@ def read(text: str, devices: int, kernel: Kernel) -> Program:
     """
     computations, entry = _parse(text)
     collectives, products, seen = [], [], set()
-    for body, times in _runs(computations, entry):
+    gathered: dict[str, list[Shape]] = {}
+    carried: dict[str, list[Shape]] = {}
+    for body, times, loop in _runs(computations, entry):
         arrays = {it.name: it.shapes for it in computations[body]}
         for it in computations[body]:
+            if it.opcode == "while":
+                carried[_CALLED.findall(it.rest)[0]] = it.shapes
             kind = it.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 # One that runs beside others is cut in pieces, which all say the whole; they share a chain.
@@ -127,6 +133,8 @@ def read(text: str, devices: int, kernel: Kernel) -> Program:
                 if chain is None or chain.groups() not in seen:
                     seen |= {chain.groups()} if chain else set()
                     collectives.append(_collective(kind, it, arrays, devices, times))
+                    if kind == "all-gather":
+                        gathered.setdefault(loop, []).append(it.shapes[-1])
             elif it.opcode in ("convolution", "dot"):
                 flops = _product(it, arrays)
                 products.append(Product(flops, flops * (REMAT in it.scope), times, it.scope))
@@ -134,7 +142,13 @@ def read(text: str, devices: int, kernel: Kernel) -> Program:
                 name = it.scope.rpartition("/pallas_call")[0].rpartition("/")[2]
                 flops, again = kernel(name, _operands(it, arrays), it.shapes)
                 products.append(Product(flops, flops if REMAT in it.scope else again, times, it.scope))
-    return Program(tuple(collectives), tuple(products))
+    # A turn of a loop has what it gathers, what of that it is handed from the turn before, and what there is outside.
+    outside = sum(shape.bytes for shape in gathered.pop(entry, ()))
+    inside = [
+        sum(shape.bytes for shape in [*made, *(it for it in carried[loop] if it in made)])
+        for loop, made in gathered.items()
+    ]
+    return Program(tuple(collectives), tuple(products), outside + max(inside, default=0))
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -153,12 +167,15 @@ def _shapes(text: str) -> list[Shape]:
     return [Shape(kind, tuple(int(n) for n in sizes.split(",") if n)) for kind, sizes in _ARRAY.findall(text)]
 
 
-def _runs(computations: dict[str, list[_Instruction]], entry: str) -> Iterator[tuple[str, int]]:
-    """Every computation that is called, with how often; one that is called from two places comes twice."""
-    waiting = [(entry, 1)]
+def _runs(computations: dict[str, list[_Instruction]], entry: str) -> Iterator[tuple[str, int, str]]:
+    """Every computation that is called, how often, and the body of the loop that it is in, or the entry.
+
+    One that is called from two places comes twice.
+    """
+    waiting = [(entry, 1, entry)]
     while waiting:
-        name, times = waiting.pop()
-        yield name, times
+        name, times, loop = waiting.pop()
+        yield name, times, loop
         for it in computations[name]:
             trips = times
             if it.opcode == "while":
@@ -169,7 +186,9 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> Iterator[t
             called = _CALLED.findall(it.rest) + (_NAMES.findall(branches[1]) if branches else [])
             # What a reduction applies has no products, and is not called so often.
             if it.opcode in ("while", "fusion", "call", "conditional", "async-start"):
-                waiting += [(other, trips) for other in called if other in computations]
+                waiting += [
+                    (other, trips, other if it.opcode == "while" else loop) for other in called if other in computations
+                ]
 
 
 def _trips(condition: list[_Instruction], name: str) -> int:

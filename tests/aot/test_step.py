@@ -27,13 +27,15 @@ def dry_run(capsys, topology: str, arguments: str) -> dict[str, Any]:
     return found
 
 
-def check(found: dict[str, Any], layer_weights: int) -> None:
+def check(found: dict[str, Any], layer_weights: int, layers: int) -> None:
     """The bounds that hold on every generation; `layer_weights` are the numbers of all layers' parameters."""
     per_token, moved = found["flops_per_token"], found["collective_bytes"]
     assert per_token["compiler"] == pytest.approx(per_token["hand"], rel=0.03)
     outside = found["parameters"]["total"] - layer_weights
     # Each layer's weights at most twice, the embedding once, all in bf16.
     assert moved["all-gather"] <= 2 * (2 * layer_weights + outside)
+    # Two layers and the embedding at once, at most.
+    assert found["gathered_at_once"] <= 2 * (2 * layer_weights / layers + outside)
     # An all-reduce is what small vectors need; on the wire it counts twice.
     gradients = moved["all-to-all"] + moved.get("reduce-scatter", 0) + 2 * moved["all-reduce"]
     assert gradients <= 1.05 * 2 * found["parameters"]["total"] * found["batch"]["microbatches"]
@@ -49,8 +51,9 @@ def layer_weights(config: Config) -> int:
 
 
 @functools.cache
-def small_weights() -> int:
-    return layer_weights(command_line.parse(SMALL.split()))
+def small_weights() -> tuple[int, int]:
+    config = command_line.parse(SMALL.split())
+    return layer_weights(config), config.model.num_layers
 
 
 # v3 has no reduce-scatter and no bf16 products; the slow table has every other generation.
@@ -58,7 +61,7 @@ def small_weights() -> int:
 def test_a_small_step(topology, capsys):
     found = dry_run(capsys, topology, SMALL)
     assert found["fits"]
-    check(found, small_weights())
+    check(found, *small_weights())
 
 
 def test_flops_grow_with_the_layers(capsys):
@@ -78,4 +81,4 @@ def test_base_fits_every_generation(topology, capsys):
     found = dry_run(capsys, topology, f"--preset base --optim.batch-size {rows}")
     assert found["fits"]
     assert found["batch"]["rows_per_device"] == BASE[topology]
-    check(found, layer_weights(PRESETS["base"]))
+    check(found, layer_weights(PRESETS["base"]), PRESETS["base"].model.num_layers)

@@ -98,6 +98,14 @@ def test_an_exchange_in_pieces_counts_once_and_others_by_their_whole_array():
     assert by_kind["all-to-all", 24].wire_bytes == whole * 7 / 8
 
 
+def test_gathered_arrays_of_a_turn_and_those_around_it_are_there_at_once():
+    whole = 64 * 32 * 2
+    # One before the loop, one in each turn, and one that the turn before hands on.
+    assert program.read(TEXT, 8, kernel).gathered == 3 * whole
+    alone = TEXT.replace("(s32[]{:T(256)}, /*index=1*/bf16[64,32]{1,0}) while", "(s32[]{:T(256)}) while")
+    assert program.read(alone, 8, kernel).gathered == 2 * whole
+
+
 def test_a_loop_that_does_not_say_how_often_is_refused():
     with pytest.raises(ValueError, match="does not say how often"):
         program.read(TEXT.replace("direction=LT", "direction=NE"), 8, kernel)
