@@ -36,6 +36,7 @@ from vishwamai_eqx import (
     logbook,
     nonfinite,
     optim,
+    plan,
     processes,
     run,
     saved_config,
@@ -237,7 +238,8 @@ def set_up(config: Config) -> Setup:
         origin = {"tokenizer": tokenizer.fingerprint, **teaching.fingerprints(config)}
         checkpoint.check_origin(config.run_dir / "checkpoints", origin)
         vocabulary = teaching.vocabulary(config, tokenizer)
-    mesh, dtype = make_mesh(parse_mesh(config.mesh, jax.device_count())), compute_dtype(config.precision)
+    settled = plan.settled(config, jax.device_count(), accounting.capacity())
+    mesh, dtype = make_mesh(parse_mesh(settled.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
     step, (abstract, batch, *tutor) = abstract_step(config, mesh, dtype, vocabulary)
     if not checkpoint.steps(config.run_dir / "checkpoints"):

@@ -51,3 +51,8 @@ def memory() -> dict[str, int]:
         if statistics := device.memory_stats():
             found[f"{device.platform} {device.id}"] = statistics["bytes_in_use"]
     return found
+
+
+def capacity() -> int | None:
+    """Bytes of memory that the program may use of a device, where the device says so, as a CPU does not."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

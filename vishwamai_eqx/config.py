@@ -25,6 +25,7 @@ AXES = ("replica", "data", "expert", "model")
 """Of the mesh, from the slowest wires to the fastest. `replica` divides the batch only, `data` the parameters and the
 optimiser state with it; `expert` is as good as `data`, and besides has the experts divided among it; `model` divides
 heads, ffn and vocabulary."""
+AUTO_MESH = "auto"
 BATCH_AXES = AXES[:3]
 """Those that divide the rows of a batch."""
 
@@ -223,8 +224,9 @@ class Config:
     """Where the run lives; runs/PRESET if not given. A run that is there is resumed."""
     seed: int = 0
     """Of the parameters, the order of the data, and dropout."""
-    mesh: str = "auto"
-    """Devices by axis of replica, data, expert and model, such as data=2,expert=2,model=2; auto puts all on data."""
+    mesh: str = AUTO_MESH
+    """Devices by axis of replica, data, expert and model, such as data=2,expert=2,model=2; auto puts all on data, and
+    on expert or model too where a step would not fit so."""
     precision: Precision = "auto"
     """Type of the matrix products; auto: bf16 on accelerators and on CPUs with bf16 instructions, else f32."""
     init: Path | None = None
@@ -333,11 +335,11 @@ def from_dict(values: Any) -> Config:
 
 
 def parse_mesh(spec: str, devices: int) -> dict[str, int]:
-    """The size of each mesh axis that `data=8` or `auto` asks for.
+    """The size of each mesh axis that `data=8` asks for, or `auto`, which is all of them on `data`.
 
     Raises ValueError with a line for each mistake, or if the devices do not suffice.
     """
-    if spec == "auto":
+    if spec == AUTO_MESH:
         return dict.fromkeys(AXES, 1) | {"data": devices}
     sizes: dict[str, int] = {}
     mistakes = []

@@ -40,13 +40,9 @@ def run(config: Config, step_of: StepOf) -> int:
         _print_totals(config)
         return FITS
     topology.devices(config.topology)  # refused here, before anything is worked out
-    sizes = parse_mesh(config.mesh, devices(config))
-    found = None
-    if config.plan:
-        found = plan.search(config)
-        config = found.config
-        sizes = parse_mesh(config.mesh, devices(config))
-    report = examine(config, sizes, step_of)
+    found = plan.search(config) if config.plan else None
+    config = found.config if found else plan.settled(config, devices(config), topology.parse(config.topology)[0].hbm)
+    report = examine(config, parse_mesh(config.mesh, devices(config)), step_of)
     if found is not None:
         report["plan"] = {"searched": found.searched, "settings": plan.settings(config)}
     print(json.dumps(report) if config.json else text(report))
@@ -59,7 +55,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
     generation, shape = topology.parse(config.topology)
     on = make_mesh(sizes, topology.devices(config.topology))
     dtype = compute_dtype("bf16" if config.precision == "auto" else config.precision)
-    by_hand, held = memory.estimate(config, sizes, generation), memory.shards(config, sizes)
+    by_hand, held = memory.estimate(config, sizes), memory.shards(config, sizes)
     compiled = aot.compile_step(*step_of(config, on, dtype), on, config)
 
     tokens = config.optim.batch_size * config.model.max_seq_len

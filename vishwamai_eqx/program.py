@@ -211,6 +211,9 @@ def _collective(kind: str, it: _Instruction, arrays: dict[str, list[Shape]], dev
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", it.rest)
     tiled = re.search(r"replica_groups=\[\d+,(\d+)\]<=", it.rest)
     group = listed[1].count(",") + 1 if listed else int(tiled[1]) if tiled else devices
+    if kind == "ragged-all-to-all":
+        # Of the array that rows are sent from and the one that they come to, one has room for any load.
+        operands = [min(operands[:2], key=lambda shape: shape.bytes)]
     size = sum(shape.bytes for shape in operands) * (group if kind == "all-gather" else 1)
     return Collective(kind, operands[0].dtype if operands else "", size, group, times, it.scope)
 

@@ -81,4 +81,5 @@ def test_base_fits_every_generation(topology, capsys):
     found = dry_run(capsys, topology, f"--preset base --optim.batch-size {rows}")
     assert found["fits"]
     assert found["batch"]["rows_per_device"] == BASE[topology]
+    assert found["hbm_by_hand"]["peak"] == pytest.approx(found["hbm"]["peak"], rel=0.15)
     check(found, layer_weights(PRESETS["base"]), PRESETS["base"].model.num_layers)

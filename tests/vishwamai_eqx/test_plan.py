@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 import train
 from kernels import topology
-from vishwamai_eqx import aot, memory, plan, roofline
-from vishwamai_eqx.config import PRESETS, Config
+from vishwamai_eqx import aot, command_line, memory, plan, roofline
+from vishwamai_eqx.config import PRESETS, Config, parse_mesh
 from vishwamai_eqx.program import Program
 
 
@@ -24,8 +25,7 @@ def base(name: str = "v3:2x2", rows: int = 4, **model: object) -> Config:
 
 def peak(config: Config) -> int:
     assert config.topology is not None
-    generation, _ = topology.parse(config.topology)
-    return memory.estimate(config, {"data": topology.count(config.topology)}, generation).peak
+    return memory.estimate(config, {"data": topology.count(config.topology)}).peak
 
 
 def test_more_rows_layers_and_less_remat_need_more():
@@ -43,6 +43,37 @@ def test_state_is_counted_to_the_byte():
     assert found.parameters == (total - norms) // 8 + norms
     assert 0 < found.optimizer - 2 * found.parameters < 10
     assert found.gathered == total - 2 * 768
+
+
+def test_auto_takes_the_expert_axis_and_then_the_model_axis_where_data_is_not_enough():
+    config = base()
+    assert plan.settled(config, 8, None) == config  # nothing is known of the devices
+    assert plan.settled(config, 8, 16 * 2**30).mesh == "auto"
+    # Gathered weights are most of the memory here; with many tokens room for the worst load would be.
+    wide = base(rows=1, hidden_size=3072, ffn_dim=24_576, num_layers=2, max_seq_len=256)
+    assert [*plan.meshes(wide, 8)][:5] == ["auto", "data=4,expert=2", "data=2,expert=4", "expert=8", "data=4,model=2"]
+    peaks = {
+        spec: memory.estimate(wide, parse_mesh(spec, 8)).peak
+        for spec in ("auto", "data=4,expert=2", "expert=2,model=4")
+    }
+    assert peaks["auto"] > peaks["data=4,expert=2"] > peaks["expert=2,model=4"]
+    for spec, needed in peaks.items():
+        assert plan.settled(wide, 8, int(needed / plan.MARGIN) + 1).mesh == spec
+    assert plan.settled(wide, 8, 1).mesh == "auto"  # nothing fits
+    asked = dataclasses.replace(wide, mesh="data=8")
+    assert plan.settled(asked, 8, 1) == asked
+
+
+COMPILED = json.loads((Path(__file__).parents[1] / "studies" / "topologies.json").read_text())
+
+
+@pytest.mark.parametrize("case", COMPILED)
+def test_the_estimate_is_within_15_percent_of_what_the_compiler_said(case):
+    """Unlike configurations, meshes and generations, as the study compiled them."""
+    found = COMPILED[case]
+    config = command_line.parse(found["command"].replace("--json", "").split()[2:])
+    by_hand = memory.estimate(config, found["mesh"])
+    assert by_hand.peak == pytest.approx(found["hbm"]["peak"], rel=0.15)
 
 
 def test_the_search_keeps_the_batch_and_fits():
@@ -96,7 +127,7 @@ def test_a_step_that_does_not_fit_is_exit_code_3_with_what_does(monkeypatch, cap
 
 
 def test_a_step_that_fits_is_exit_code_0(monkeypatch, capsys):
-    monkeypatch.setattr(aot, "compile_step", lambda *_: aot.Compiled(5 * 2**30, Program((), ()), 1.0))
+    monkeypatch.setattr(aot, "compile_step", lambda *_: aot.Compiled(5 * 2**30, Program((), (), 0), 1.0))
     monkeypatch.setattr(train, "abstract_step", lambda *_: (None, None))
     assert train.main(["--preset", "base", "--dry-run", "--topology", "v3:2x2", "--json", "--plan"]) == 0
     report = json.loads(capsys.readouterr().out)
