@@ -172,6 +172,8 @@ def make_step(
 
     in_specs = (specs, on_mesh(MICROBATCHES, mesh), *tutors)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=True)
+    if config.offload:
+        sharded = state.offloading(sharded, state.shardings(mesh, specs))
     return jax.jit(sharded, donate_argnums=0)
 
 
@@ -186,10 +188,11 @@ def abstract_step(config: Config, mesh: Mesh, dtype: str, vocabulary: Any = None
         jnp.int32,
         sharding=NamedSharding(mesh, MICROBATCHES),
     )
+    lies = state.shardings(mesh, specs)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state.shardings(mesh, specs),
+        state.on_host(lies) if config.offload else lies,
     )
     tutor = teaching.abstract(config, mesh, dtype, vocabulary)
     lies, kind = jax.tree.map(lambda leaf: leaf.sharding.spec, tutor), data.PairedBatch if tutor else Batch

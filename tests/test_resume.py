@@ -107,6 +107,19 @@ def left(tmp_path, killed):
     return copied
 
 
+def test_an_offloaded_optimiser_goes_on_with_the_same_numbers(left, corpus, whole, monkeypatch):
+    kinds, save = set(), Checkpoints.save
+
+    def seen(self, step, state):
+        kinds.update(leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.opt_state))
+        save(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", seen)
+    assert train.main([*arguments(left, corpus, "data=1"), "--offload"]) == 0
+    assert kinds == {"pinned_host"}
+    assert numbers(left) == numbers(whole("data=1"))
+
+
 def test_a_changed_config_json_changes_no_number(left, whole, capsys):
     """Its checkpoints say what a run was started with."""
     settings = (left / "config.json").read_text()

@@ -81,7 +81,7 @@ def estimate(config: Config, sizes: dict[str, int]) -> Memory:
     gradients = accumulated * held.parameters * F32
     # The gradients of the layers are made after the loss.
     temporaries = int(max(layer, head - held.parameters * F32) + (PACKING - 1) * (gradients + kept + layer))
-    state = held.parameters * F32, held.optimizer * F32
+    state = held.parameters * F32, 0 if config.offload else held.optimizer * F32
     return Memory(*state, gradients, kept, temporaries, _of_teacher(config, sizes, wide))
 
 

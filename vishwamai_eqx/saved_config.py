@@ -23,6 +23,7 @@ FREE = (
     "run_dir",
     "teacher",
     "mesh",
+    "offload",
     "dry_run",
     "topology",
     "plan",
