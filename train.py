@@ -42,6 +42,7 @@ from vishwamai_eqx import (
     saved_config,
     skip,
     state,
+    targets,
     teaching,
 )
 from vishwamai_eqx.accounting import Clock
@@ -177,7 +178,7 @@ def make_step(
     return jax.jit(sharded, donate_argnums=0)
 
 
-def abstract_step(config: Config, mesh: Mesh, dtype: str, vocabulary: Any = None) -> tuple[Any, tuple[Any, ...]]:
+def abstract_step(config: Config, mesh: Mesh, dtype: str, vocabularies: Any = None) -> tuple[Any, tuple[Any, ...]]:
     """The step of a mesh that may not be here, and the shapes, types and placement of what it takes."""
     transform = optim.optimizer(config.optim)
     shapes = state.abstract_state(config, dtype, transform)
@@ -188,15 +189,15 @@ def abstract_step(config: Config, mesh: Mesh, dtype: str, vocabulary: Any = None
         jnp.int32,
         sharding=NamedSharding(mesh, MICROBATCHES),
     )
-    lies = state.shardings(mesh, specs)
+    placed = state.shardings(mesh, specs)
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state.on_host(lies) if config.offload else lies,
+        state.on_host(placed) if config.offload else placed,
     )
-    tutor = teaching.abstract(config, mesh, dtype, vocabulary)
-    lies, kind = jax.tree.map(lambda leaf: leaf.sharding.spec, tutor), data.PairedBatch if tutor else Batch
-    return make_step(config, mesh, specs, transform, *lies), (abstract, kind(*[batch] * len(kind._fields)), *tutor)
+    tutor = teaching.abstract(config, mesh, dtype, vocabularies)
+    lies, fed = jax.tree.map(lambda leaf: leaf.sharding.spec, tutor), teaching.abstract_batch(config, batch)
+    return make_step(config, mesh, specs, transform, *lies), (abstract, fed, *tutor)
 
 
 def token_loss(model: Model, specs: Model, hidden: Array, batch: Batch) -> Array:
@@ -240,28 +241,31 @@ def set_up(config: Config) -> Setup:
         tokenizer = run.tokenizer_of(config.run_dir, config)
         origin = {"tokenizer": tokenizer.fingerprint, **teaching.fingerprints(config)}
         checkpoint.check_origin(config.run_dir / "checkpoints", origin)
-        vocabulary = teaching.vocabulary(config, tokenizer)
+        length, rows = config.model.max_seq_len, config.optim.batch_size
+        read = data.fingerprint(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
+        targets.check(config, {**origin, "data": read})
+        vocabularies = teaching.vocabularies(config, tokenizer)
     settled = plan.settled(config, jax.device_count(), accounting.capacity())
     mesh, dtype = make_mesh(parse_mesh(settled.mesh, jax.device_count())), compute_dtype(config.precision)
     # The step needs no more than shapes: it is compiled while text is tokenized and parameters are drawn.
-    step, (abstract, batch, *tutor) = abstract_step(config, mesh, dtype, vocabulary)
+    step, (abstract, batch, *tutor) = abstract_step(config, mesh, dtype, vocabularies)
     if not checkpoint.steps(config.run_dir / "checkpoints"):
         state.check(config, abstract)
     compiling = ThreadPoolExecutor(1).submit(step.lower(abstract, batch, *tutor).compile)
-    length, rows = config.model.max_seq_len, config.optim.batch_size
     with processes.together():
         dataset = data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed)
         checkpoint.check_origin(config.run_dir / "checkpoints", dataset.fingerprints)
     shardings, transform = jax.tree.map(lambda leaf: leaf.sharding, abstract), optim.optimizer(config.optim)
+    tutor = teaching.load(config, tutor, vocabularies)
     return Setup(
         dataset,
         teaching.rows(dataset, config),
-        teaching.load(config, tutor, vocabulary),
+        tutor,
         mesh,
         dtype,
         jax.tree.map(lambda sharding: sharding.spec, shardings),
         abstract,
-        lambda: state.initialise(config, dtype, transform, shardings),
+        lambda: teaching.inherit(config, tutor, state.initialise(config, dtype, transform, shardings)),
         NamedSharding(mesh, MICROBATCHES),
         compiling,
     )

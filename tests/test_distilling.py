@@ -1,16 +1,32 @@
 """A teacher in the training step: what `train.py --teacher` does, and what it refuses."""
 
 import json
+import math
 import shutil
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
 import train
 from tests.histories import stored, text
 from tests.small import worst
-from vishwamai_eqx import command_line, data, export, gemma, load, logbook, optim, prune, run, state, teaching
+from vishwamai_eqx import (
+    command_line,
+    data,
+    export,
+    gemma,
+    inheritance,
+    load,
+    logbook,
+    optim,
+    prune,
+    run,
+    state,
+    teaching,
+)
 from vishwamai_eqx.config import parse_mesh, to_dict
 from vishwamai_eqx.feed import place
 from vishwamai_eqx.gemma_config import GemmaConfig
@@ -43,17 +59,25 @@ def settings(folder, run_dir, *more):
 
 def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path, capsys):
     terms = "--distill.reverse 0.5 0 --distill.jensen-shannon 0 0.5 --distill.temperature 2"
-    terms = f"{terms} --distill.hidden 1 --distill.attention 1".split()
+    terms = f"{terms} --distill.hidden 1 --distill.attention 1 --distill.inherit".split()
     assert train.main(settings(folder, tmp_path / "run", "--steps", "6", *terms)) == 0
     student = VishwamAITokenizer(tmp_path / "run" / "tokenizer")
     assert student.vocab_size == 304 and (tmp_path / "run" / "tokenizer" / prune.TEACHER_PIECES).exists()
     with logbook.connect(tmp_path / "run") as book:
         rows = [row for (row,) in book.execute("SELECT more FROM steps ORDER BY step").fetchall()]
+        loss, tokens = book.execute("SELECT loss, tokens FROM steps WHERE step = 1").fetchone()
+    dataset = dataset_of(command_line.parse(["--run-dir", str(tmp_path / "run")]), student)
+    in_bytes = dataset.source_bytes(dataset.batch(0))
+    assert rows[0]["bits_per_byte"] == pytest.approx(loss * tokens / math.log(2) / in_bytes, rel=1e-5)
     for row in rows:
         assert {"forward", "reverse", "jensen_shannon", "kl", "agreement", "hidden", "attention"} <= row.keys()
         assert all(row[name] > 0 for name in ("forward", "reverse", "jensen_shannon", "kl", "attention"))
         assert 0 <= row["agreement"] <= 1
     assert rows[-1]["kl"] < rows[0]["kl"] and rows[-1]["hidden"] < rows[0]["hidden"]
+    vocabulary = teaching.vocabularies(command_line.parse(["--run-dir", str(tmp_path / "run")]), student).of_teacher
+    begun = inheritance.embeddings(jnp.ones((304, 32)), gemma.load(folder).decoder.embedding.weight, vocabulary)
+    moved = stored(tmp_path / "run", 6)["model/embedding/weight"]
+    assert np.corrcoef(moved[:, :24].ravel(), begun[:, :24].ravel())[0, 1] > 0.8
     # Projections are the run's, not the model's.
     assert stored(tmp_path / "run", 6)["model/projections/weight"].shape == (2, 32, 24)
     export.export(tmp_path / "run", tmp_path / "out")
@@ -72,23 +96,40 @@ def test_a_student_learns_of_its_teacher_and_does_a_step_again(folder, tmp_path,
     assert "the teacher has changed in mid-run" in capsys.readouterr().err
 
 
+def dataset_of(config, tokenizer, cache_dir=None):
+    corpus = data.load_documents(config.data, config.seed, cache_dir)
+    length, rows = config.model.max_seq_len, config.optim.batch_size
+    return data.prepare(corpus, tokenizer, seq_len=length, batch_size=rows, seed=config.seed, cache_dir=cache_dir)
+
+
+def test_a_student_with_its_own_tokenizer_learns_of_layers(folder, tmp_path, capsys):
+    own = VishwamAITokenizer.train(["def other function names, and more words: xyz"] * 9, 304, tmp_path / "own")
+    assert any(piece not in VishwamAITokenizer(folder).piece_bytes for piece in own.piece_bytes)
+    more = "--steps 4 --distill.forward 0 --distill.hidden 1 --distill.attention 1"
+    assert train.main(settings(folder, tmp_path / "run", "--tokenizer", str(tmp_path / "own"), *more.split())) == 0
+    assert VishwamAITokenizer(tmp_path / "run" / "tokenizer").fingerprint == own.fingerprint
+    with logbook.connect(tmp_path / "run") as book:
+        rows = [row for (row,) in book.execute("SELECT more FROM steps ORDER BY step").fetchall()]
+    assert {"hidden", "attention", "bits_per_byte"} <= rows[0].keys() and rows[0].keys().isdisjoint({"kl", "forward"})
+    assert rows[-1]["hidden"] < rows[0]["hidden"] and rows[-1]["attention"] > 0
+
+
 def steps(folder, tmp_path, mesh, microbatches, *terms):
     """Three steps in f64; what they say and the last state."""
     more = "--distill.reverse 0.5 0 --distill.temperature 2 --distill.hidden 0.5"
     more += f" --distill.student-layers 1 2 --distill.teacher-layers 2 2 --optim.microbatches {microbatches}"
     more = [*more.split(), *terms]
     config = command_line.parse(settings(folder, tmp_path / "run", *more))
-    corpus = data.load_documents(config.data, config.seed, tmp_path)
-    run.make_tokenizer(config, corpus, teaching.tokenizer(config))
+    run.make_tokenizer(config, data.load_documents(config.data, config.seed, tmp_path), teaching.tokenizer(config))
     student = run.tokenizer_of(tmp_path / "run", config)
-    dataset = data.prepare(corpus, student, seq_len=32, batch_size=8, seed=0, cache_dir=tmp_path)
+    dataset = dataset_of(config, student, tmp_path)
     devices, transform = make_mesh(parse_mesh(mesh, 8)), optim.optimizer(config.optim)
-    vocabulary = teaching.vocabulary(config, student)
-    step, (abstract, _, *wanted) = train.abstract_step(config, devices, "float64", vocabulary)
+    vocabularies = teaching.vocabularies(config, student)
+    step, (abstract, _, *wanted) = train.abstract_step(config, devices, "float64", vocabularies)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     current = state.initialise(config, "float64", transform, shardings)
     current = jax.tree.map(lambda leaf: leaf.astype("float64") if leaf.dtype == "float32" else leaf, current)
-    tutor, said = teaching.load(config, wanted, vocabulary), []
+    tutor, said = teaching.load(config, wanted, vocabularies), []
     for n in range(3):
         rows = place(teaching.rows(dataset, config), n, NamedSharding(devices, train.MICROBATCHES), microbatches)
         current, metrics = step(current, rows, *tutor)
@@ -99,7 +140,7 @@ def steps(folder, tmp_path, mesh, microbatches, *terms):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "microbatches", "more"),
-    [("data=2,expert=2,model=2", 2, []), ("data=4,expert=2", 1, ["--distill.attention", "0.5"])],
+    [("data=2,expert=2,model=2", 2, ["--distill.attention", "0.5"]), ("data=4,expert=2", 1, [])],
 )
 def test_meshes_and_microbatches_do_not_change_what_is_learned(folder, tmp_path, mesh, microbatches, more):
     with jax.enable_x64(True):
@@ -136,6 +177,7 @@ def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
     assert own.vocab_size == 304
     error = refused("--tokenizer", str(tmp_path / "own"))
     assert "which the teacher lacks" in error and "tokenizer prune TEACHER.model --size 304" in error
+    assert "learn of its layers alone: --distill.forward 0 --distill.hidden 1" in error
     assert "take 3" in refused("--model.vocab-size", "340")
     assert "vocab_size=400 must be at most the 352" in refused("--model.vocab-size", "400")
     assert "max_seq_len=128 must be at most the 64" in refused("--model.max-seq-len", "128")
@@ -150,9 +192,13 @@ def test_refusals_before_anything_is_compiled(folder, tmp_path, capsys):
     assert "relation_heads=5 must be a divisor of" in refused(
         *["--distill.attention", "1", "--distill.relation-heads", "5"]
     )
-    assert "distill.attention=(1.0,) must be 0 with the mesh's model" in refused(
-        *["--distill.attention", "1", "--mesh", "data=4,model=2"]
+    assert "must be 0 unless the mesh's model=2 divides the 1 relation heads" in refused(
+        *["--distill.attention", "1", "--mesh", "data=4,model=2", "--distill.relation-heads", "1"]
     )
+    assert "must be 0 unless the mesh's model=4 divides the 2 key and value heads of the teacher" in refused(
+        *["--distill.attention", "1", "--mesh", "data=2,model=4"]
+    )
+    assert "must be above 0 where nothing else is learned of the teacher" in refused("--distill.forward", "0")
     assert "must be 0 where the last of the layers is the first" in refused(
         *["--distill.attention", "1", "--distill.student-layers", "1", "--distill.teacher-layers", "2"]
     )

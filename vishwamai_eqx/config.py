@@ -156,6 +156,17 @@ class DistillConfig:
     """The student's layers, from 1, that are held beside `teacher_layers`; none: the ends of four equal parts."""
     teacher_layers: tuple[int, ...] = ()
     """The teacher's layers, one for each of `student_layers`."""
+    inherit: bool = False
+    """Begin with the teacher's embeddings of the student's pieces, in the dimensions in which they differ most."""
+    targets: Path | None = None
+    """Where `vishwamai_eqx.draw_targets` has put what the teacher says of the run's batches; none: it is asked."""
+    draws: int = 16
+    """Pieces drawn there for each of the teacher's tokens."""
+
+    @property
+    def of_pieces(self) -> bool:
+        """Whether the teacher's next pieces are learned, which only a tokenizer that is cut from its own has."""
+        return any(self.forward + self.reverse + self.jensen_shannon)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,21 @@ class PairedBatch(NamedTuple):
     """The column of the student's piece that ends where the teacher's token does; -1 where none does."""
 
 
+class DrawnBatch(NamedTuple):
+    """A `Batch`, and what its teacher said of it once (`targets`)."""
+
+    tokens: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    targets: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    segment_ids: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    positions: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    likeliest: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    """The teacher's likeliest next piece; -1 where none of its tokens ends."""
+    entropy: Int32[Array | np.ndarray, "*microbatches batch seq"]
+    """The bits of its target's entropy in f32, in nats."""
+    drawn: Int32[Array | np.ndarray, "*microbatches batch draws_seq"]
+    """Pieces drawn from the target, one draw of the whole row after another."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The rows of a run and the batches made of them."""
@@ -83,6 +98,11 @@ class Dataset:
     def fingerprints(self) -> dict[str, str]:
         """Of all that a run learns from; the data's is another with another tokenizer, which is therefore first."""
         return {"tokenizer": self.tokenizer.fingerprint, "data": self.fingerprint}
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each field of a batch."""
+        return (self.seq_len,) * len(self.kind._fields)
 
     def batch(self, n: int, rows: slice = slice(None)) -> Batch:
         """Batch n of the run, or those of its rows that a process needs."""
@@ -144,12 +164,6 @@ def prepare(
     for number in range(len(weights) or 1):
         chosen = ~held_out & (corpus.source == number) if weights else ~held_out
         train_rows.append(packing.pack(stream.starts[chosen], stream.ends[chosen], seq_len))
-    identity = blake2b(digest_size=8)
-    identity.update(
-        repr([corpus.fingerprint, tokenizer.fingerprint, seq_len, batch_size, seed, list(weights)]).encode()
-    )
-    identity.update(np.packbits(held_out).tobytes())
-    identity.update(corpus.source.tobytes() if weights else b"")
     return Dataset(
         tokenizer=tokenizer,
         tokens=stream.tokens,
@@ -161,11 +175,22 @@ def prepare(
         seq_len=seq_len,
         batch_size=batch_size,
         seed=seed,
-        fingerprint=identity.hexdigest(),
+        fingerprint=fingerprint(corpus, tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed),
     )
 
 
-def batch_hash(batch: Batch | PairedBatch) -> str:
+def fingerprint(corpus: Corpus, tokenizer: VishwamAITokenizer, *, seq_len: int, batch_size: int, seed: int) -> str:
+    """That of the dataset that `prepare` makes of them, before it is made."""
+    weights, identity = corpus.data.weights, blake2b(digest_size=8)
+    identity.update(
+        repr([corpus.fingerprint, tokenizer.fingerprint, seq_len, batch_size, seed, list(weights)]).encode()
+    )
+    identity.update(np.packbits(corpus.held_out).tobytes())
+    identity.update(corpus.source.tobytes() if weights else b"")
+    return identity.hexdigest()
+
+
+def batch_hash(batch: Batch | PairedBatch | DrawnBatch) -> str:
     """Sixteen hexadecimal digits that name a batch's rows, whatever their order, the devices or the processes."""
     return str(BatchHash(hash_lanes(batch) if isinstance(batch.tokens, np.ndarray) else _hash_lanes(batch)))
 
@@ -180,7 +205,7 @@ class BatchHash:
         return "{:08x}{:08x}".format(*np.asarray(self.lanes).tolist())
 
 
-def hash_lanes(batch: Batch | PairedBatch) -> UInt32[Array | np.ndarray, "2"]:
+def hash_lanes(batch: Batch | PairedBatch | DrawnBatch) -> UInt32[Array | np.ndarray, "2"]:
     """The two halves of `batch_hash`: a sum over rows, so it can be computed where they lie."""
     xp = np if isinstance(batch.tokens, np.ndarray) else jnp
     columns = xp.arange(batch.tokens.shape[-1], dtype=np.uint32)
@@ -188,7 +213,8 @@ def hash_lanes(batch: Batch | PairedBatch) -> UInt32[Array | np.ndarray, "2"]:
     for seed in (0x9E3779B9, 0x85EBCA6B):
         cells = columns * np.uint32(seed)
         for field in batch:
-            cells = _mix(cells ^ field.astype(np.uint32))
+            for part in xp.split(field, field.shape[-1] // len(columns), axis=-1):
+                cells = _mix(cells ^ part.astype(np.uint32))
         rows = _mix(cells.sum(axis=-1, dtype=np.uint32))
         lanes.append(rows.sum(dtype=np.uint32))
     return xp.stack(lanes)

@@ -93,9 +93,7 @@ def divergences(
         for each in vary_alike((hidden, teacher.hidden, teacher.tokens, mask))
     )
     hidden, theirs, read, mask = (each.reshape(chunks, chunk, *each.shape[1:]) for each in (hidden, theirs, read, mask))
-    # Each chunk with the token before it, whose row says what else the first one could have been.
-    last = jnp.concatenate([jnp.zeros_like(theirs[:1, -1]), theirs[:-1, -1]])
-    theirs = jnp.concatenate([last[:, None], theirs], axis=1)
+    theirs = with_last(theirs)
     # Of the vocabularies each device along `model` has its part.
     both = (mesh.vary(hidden, "model"), weight, mesh.vary(theirs, "model"), teacher.weight)
     hidden, weight, theirs, teacher_weight = vary_alike(both)
@@ -163,6 +161,12 @@ chunked.defvjp(chunked_fwd, chunked_bwd)
 def products(weight: Array, hidden: Array) -> Float[Array, "vocab tokens"]:
     """Logits with the vocabulary first, along which segments are summed."""
     return dot(weight, hidden, (1,), (1,))
+
+
+def with_last(theirs: Float[Array, "chunks chunk width"]) -> Float[Array, "chunks chunk_and_one width"]:
+    """Each chunk with the token before it, whose row says what else the first one could have been."""
+    last = jnp.concatenate([jnp.zeros_like(theirs[:1, -1]), theirs[:-1, -1]])
+    return jnp.concatenate([last[:, None], theirs], axis=1)
 
 
 def target(

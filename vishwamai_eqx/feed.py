@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jaxtyping import Int32
 
-from vishwamai_eqx.data import Batch, Dataset, PairedBatch
+from vishwamai_eqx.data import Batch, Dataset, DrawnBatch, PairedBatch
 from vishwamai_eqx.pairs import Pairs
+from vishwamai_eqx.targets import Targets
 
 
 class Feed:
@@ -22,7 +23,7 @@ class Feed:
 
     def __init__(
         self,
-        dataset: Dataset | Pairs,
+        dataset: Dataset | Pairs | Targets,
         steps: range,
         sharding: jax.sharding.Sharding,
         *,
@@ -37,7 +38,7 @@ class Feed:
             .to_iter_dataset(grain.ReadOptions(num_threads=workers, prefetch_buffer_size=ahead))
         )
 
-    def __iter__(self) -> Iterator[Batch | PairedBatch]:
+    def __iter__(self) -> Iterator[Batch | PairedBatch | DrawnBatch]:
         batches = iter(self._batches)
         while True:
             before = time.perf_counter()
@@ -50,11 +51,10 @@ class Feed:
 
 
 def place(
-    dataset: Dataset | Pairs, n: int, sharding: jax.sharding.Sharding, microbatches: int = 1
-) -> Batch | PairedBatch:
+    dataset: Dataset | Pairs | Targets, n: int, sharding: jax.sharding.Sharding, microbatches: int = 1
+) -> Batch | PairedBatch | DrawnBatch:
     """Batch n as global arrays `[microbatches, rows, seq]`; only the rows of this process's devices are read."""
     rows = dataset.batch_size // microbatches
-    shape = (microbatches, rows, dataset.seq_len)
     # Pages that the device can fetch from by itself, where there are such.
     staging = sharding
     if all(_has_pinned_host(device) for device in sharding.addressable_devices):
@@ -70,12 +70,12 @@ def place(
                 dataset.batch(n, slice(number * rows + chosen.start, number * rows + chosen.stop))
                 for number in range(microbatches)[micro]
             ]
-            parts[key] = [np.stack(fields)[:, :, column] for fields in zip(*read, strict=True)]
-        return parts[key][field]
+            parts[key] = [np.stack(fields) for fields in zip(*read, strict=True)]
+        return parts[key][field][:, :, column]
 
     arrays = [
-        jax.make_array_from_callback(shape, staging, functools.partial(part, field=field))
-        for field in range(len(dataset.kind._fields))
+        jax.make_array_from_callback((microbatches, rows, width), staging, functools.partial(part, field=field))
+        for field, width in enumerate(dataset.widths)
     ]
     return dataset.kind(*(arrays if staging is sharding else jax.device_put(arrays, sharding)))
 

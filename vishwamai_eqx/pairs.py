@@ -39,6 +39,11 @@ class Pairs:
     def seq_len(self) -> int:
         return self.student.seq_len
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Columns of each field of a batch."""
+        return (self.seq_len,) * len(self.kind._fields)
+
     def batch(self, n: int, rows: slice = slice(None)) -> PairedBatch:
         """Batch n of the run, or those of its rows that a process needs."""
         return self.pair(self.student.batch(n, rows))

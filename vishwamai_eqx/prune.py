@@ -129,7 +129,8 @@ def teacher_pieces(teacher: ModelProto, student: ModelProto) -> TeacherPieces:
     raise ValueError(
         f"the student's tokenizer of {size} pieces is not the teacher's with fewer merges: it "
         f"{lacking or 'cuts text elsewhere'}, so the teacher's next token does not say what its next piece is; "
-        f"take what python -m vishwamai_eqx.tokenizer prune TEACHER.model --size {size} makes"
+        f"take what python -m vishwamai_eqx.tokenizer prune TEACHER.model --size {size} makes, or learn of its layers "
+        "alone: --distill.forward 0 --distill.hidden 1"
     )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.layers import wide
-from vishwamai_eqx.mesh import gather, vary
+from vishwamai_eqx.mesh import gather, size, sum_over, vary
 from vishwamai_eqx.model import VishwamAI, without_layers
 
 # Of what is never seen; less, and its exponential is zero all the same.
@@ -32,8 +32,10 @@ def divergence(
 ) -> Float[Array, ""]:
     """The sum over known tokens of the divergence of R from the teacher's, on average over relation heads and kinds.
 
-    A row of the batch at a time, computed again on the way back: never are the relations of all held.
+    A row of the batch at a time, computed again on the way back: never are the relations of all held. `heads` are all
+    of them, of which each device along the mesh's `model` has its part of both models'.
     """
+    own = heads // size("model")
 
     def row(operands: Any) -> Array:
         mine, theirs, segments, known = operands
@@ -41,11 +43,11 @@ def divergence(
         visible = (segments[:, None] == segments) & known & (order <= order[:, None])
         total = jnp.zeros((), wide(mine[0].dtype))
         for a, b in zip(mine, theirs, strict=True):
-            q, p = relation(a, visible, heads), jax.lax.stop_gradient(relation(b, visible, heads))
+            q, p = relation(a, visible, own), jax.lax.stop_gradient(relation(b, visible, own))
             total += jnp.sum((jnp.exp(p) * (p - q)).sum(axis=-1) * known)
         return total / (heads * len(mine))
 
-    return jax.lax.map(jax.checkpoint(row), (mine, theirs, segment_ids, known)).sum()
+    return sum_over(jax.lax.map(jax.checkpoint(row), (mine, theirs, segment_ids, known)).sum(), "model")
 
 
 def relation(

@@ -1,7 +1,7 @@
 """What makes a setting impossible: each in a sentence with name, value, constraint and the nearest choice."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
 from vishwamai_eqx import flops, teacher
@@ -45,8 +45,10 @@ def problems(config: Config, devices: int, platform: str | None = None, processe
     _on_mesh(require, possible, config, sizes)
     if their is not None:
         rows, over = their.model.vocab_size, sizes["model"]
-        attention = config.distill.attention
-        require("distill.attention", attention, over == 1 or not any(attention), "0 with the mesh's model above 1", 0)
+        if any(config.distill.attention):
+            for name, parts in (("relation heads", config.distill.relation_heads), *_kv_heads(config, their)):
+                constraint = f"0 unless the mesh's model={over} divides the {parts} {name}"
+                require("distill.attention", config.distill.attention, parts % over == 0, constraint, 0)
         fix = f"mesh model={closest(divisors(rows), over)}"
         require("teacher", str(config.teacher), rows % over == 0, f"of rows that the mesh's model={over} divides", fix)
     used = math.prod(sizes.values())
@@ -183,11 +185,14 @@ def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> 
     length, longest = config.model.max_seq_len, their.model.max_seq_len
     require("model.max_seq_len", length, length <= longest, f"at most the {longest} of the teacher", longest)
     pieces, most = config.model.vocab_size, their.model.vocab_size
-    require("model.vocab_size", pieces, pieces <= most, f"at most the {most} of the teacher, of which they are", most)
+    holds = pieces <= most or not distill.of_pieces
+    require("model.vocab_size", pieces, holds, f"at most the {most} of the teacher, of which they are", most)
     for name in ("cross_entropy", "forward", "reverse", "jensen_shannon", "hidden", "attention"):
         values = getattr(distill, name)
         holds = len(values) in (1, 2) and all(0 <= value < math.inf for value in values)
         require(f"distill.{name}", values, holds, "one weight of at least 0, or a first and a last one", "1")
+    learns = distill.of_pieces or any(distill.hidden + distill.attention)
+    require("distill.forward", distill.forward, learns, "above 0 where nothing else is learned of the teacher", 1)
     pairs = len(distill.student_layers), len(distill.teacher_layers)
     require("distill.teacher_layers", distill.teacher_layers, pairs[0] == pairs[1], f"{pairs[0]} layers", "as many")
     for name, model in (("student", config.model), ("teacher", their.model)):
@@ -201,9 +206,33 @@ def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> 
         require("distill.relation_heads", heads, heads in common, constraint, closest(common, heads))
         last = layer_pairs(distill, config.model.num_layers, their.model.num_layers)[-1]
         require("distill.attention", distill.attention, min(last) > 1, "0 where the last of the layers is the first", 0)
+    drawn = ("reverse", "jensen_shannon", "hidden", "attention") if distill.targets is not None else ()
+    for name in drawn:
+        values = getattr(distill, name)
+        require(f"distill.{name}", values, not any(values), "0 with distill.targets, which are drawn for forward", 0)
+    if distill.targets is not None:
+        require("distill.temperature", distill.temperature, distill.temperature == 1, "1 with distill.targets", 1)
+        require("distill.forward", distill.forward, any(distill.forward), "above 0 with distill.targets", 1)
+        require("distill.inherit", distill.inherit, not distill.inherit, "left out with distill.targets", "one of them")
+    holds = distill.of_pieces or not distill.inherit
+    require(
+        "distill.inherit",
+        distill.inherit,
+        holds,
+        "left out where the teacher's pieces are not learned",
+        "--distill.forward 1 too",
+    )
+    require("distill.draws", distill.draws, distill.draws >= 1, "at least 1", field_default("distill.draws"))
     require("distill.beta", distill.beta, 0 < distill.beta < 1, "above 0 and below 1", field_default("distill.beta"))
     holds = 0 < distill.temperature < math.inf
     require("distill.temperature", distill.temperature, holds, "above 0 and finite", 1)
+
+
+def _kv_heads(student: Config, teacher: Config) -> Iterator[tuple[str, int]]:
+    return (
+        (f"key and value heads of the {name}", of.model.num_kv_heads)
+        for name, of in (("student", student), ("teacher", teacher))
+    )
 
 
 def _heads(config: Config) -> tuple[int, int]:
