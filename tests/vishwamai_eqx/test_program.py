@@ -2,7 +2,8 @@
 
 import pytest
 
-from vishwamai_eqx import program
+from tests.small import small
+from vishwamai_eqx import aot, program
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true
@@ -96,6 +97,19 @@ def test_an_exchange_in_pieces_counts_once_and_others_by_their_whole_array():
     # On a ring: of two devices each sends half, twice.
     assert by_kind["all-reduce", 24].wire_bytes == 256
     assert by_kind["all-to-all", 24].wire_bytes == whole * 7 / 8
+
+
+def test_the_scaled_product_counts_by_its_shapes():
+    text = """
+ENTRY %main (x: f8e4m3fn[64,256], w: f8e4m3fn[128,256]) -> bf16[64,128] {
+  %x = f8e4m3fn[64,256]{1,0} parameter(0)
+  %w = f8e4m3fn[128,256]{1,0} parameter(1)
+  %s = f32[1,2,128]{2,1,0} copy(%w)
+  ROOT %y = bf16[64,128]{1,0} custom-call(%x, %w, %s), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/fp8_gemm/scaled_matmul/gemm_scaled/pallas_call"}
+}
+"""
+    assert program.read(text, 1, aot.counter(small(), 64)).flops == 2 * 64 * 256 * 128
 
 
 def test_a_loop_that_does_not_say_how_often_is_refused():
