@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.gemm import pallas_tpu
+from kernels import choice
+from kernels.gemm import api, pallas_tpu
 from kernels.gemm.blocks import Blocks, scaled_blocks, up
 from kernels.tpu import GENERATIONS
 from tests.kernels import formats64 as exact
@@ -246,6 +247,29 @@ def test_what_is_rounded_once_serves_all_its_products():
         (it.shape, it.dtype) for it in jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(both, *a)[1], x, weights))
     ]
     assert saved.count(((64, 256), jnp.dtype(jnp.float8_e4m3fn))) == 1
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "block", "said"),
+    [
+        (None, "e4m3", 128, "XLA on cpu has no product of float8_e4m3fn with scales of blocks: numbers are held in 8"),
+        (None, "int8", None, "XLA on cpu has no product of int8: numbers are held in 8"),
+        ("v3", "e4m3", 128, "TPU v3 has no product of float8_e4m3fn with scales of blocks: numbers are held in 8"),
+        ("v4", "int8", None, "TPU v4 has no product of int8: "),
+        ("v5e", "e4m3", None, None),
+        ("7x", "int8", 128, None),
+    ],
+)
+def test_what_has_no_product_of_8_bits_says_so_once(generation, dtype, block, said, monkeypatch, caplog):
+    """And only where nobody chose the implementation."""
+    monkeypatch.setattr(api, "current_generation", lambda: GENERATIONS.get(generation))
+    choice.warn_once.cache_clear()
+    x, w = (jnp.ones(shape).astype(exact.TYPES[dtype]) for shape in ((8, 256), (256, 16)))
+    scales = (jnp.ones((1, 1)),) * 2 if block is None else (jnp.ones((8, 2)), jnp.ones((2, 1)))
+    for implementation in (None, None, "reference"):
+        jax.eval_shape(functools.partial(api.scaled_matmul, implementation=implementation), x, w, *scales)
+    warned = [it.message for it in caplog.records if it.levelname == "WARNING"]
+    assert len(warned) == (said is not None) and all(f"scaled_matmul: {said}" in it for it in warned)
 
 
 def test_errors():
