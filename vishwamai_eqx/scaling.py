@@ -160,10 +160,8 @@ def told(scaling: Scaling, seen: Any, microbatches: int) -> Told:
     return Told(shares("saturated"), shares("underflown"), factor)
 
 
-def row(told: Told | None) -> dict[str, Array]:
+def row(told: Told) -> dict[str, Array]:
     """What a step says of its numbers, for the logbook."""
-    if told is None:
-        return {}
     found = {} if told.factor is None else {"loss_factor": told.factor}
     for what in ("saturated", "underflown"):
         if (shares := getattr(told, what)) is not None:

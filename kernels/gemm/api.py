@@ -99,16 +99,18 @@ def check_shapes(operation: str, x: tuple[int, ...], w: tuple[int, ...], transpo
 
 def _say_what_falls_back(dtype, scaling):
     """One sentence where what is multiplied has not the 8 bits that it is held in."""
-    generation, blocks = current_generation(), scaling.depth < scaling.k
-    if generation is None:
-        where = f"XLA on {jax.default_backend()}"
-        multiplies = not blocks and jax.default_backend() != "cpu"
+    generation, kind = current_generation(), "int8" if dtype == INT8 else "fp8"
+    if generation is not None:
+        where, lacks = f"TPU {generation.name}", not (generation.int8 if dtype == INT8 else generation.fp8)
+    elif jax.default_backend() == "cpu":
+        where, lacks = "XLA on cpu", True
     else:
-        where, multiplies = f"TPU {generation.name}", bool(generation.int8 if dtype == INT8 else generation.fp8)
-    if not multiplies:
+        # What has one scale along k is left to XLA, which may have an instruction for it.
+        where, lacks = f"XLA on {jax.default_backend()}, with scales of blocks,", scaling.depth < scaling.k
+    if lacks:
         warn_once(
-            f"scaled_matmul: {where} has no product of {dtype.name}{' with scales of blocks' if blocks else ''}: "
-            "numbers are held in 8 bits and widened to be multiplied, which saves bytes and no time"
+            f"scaled_matmul: {where} has no product of {kind}: numbers are held in 8 bits and widened to be "
+            "multiplied, which saves bytes and no time"
         )
 
 

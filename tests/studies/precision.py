@@ -71,7 +71,7 @@ if __name__ == "__main__":
     parser.add_argument("runs", type=Path)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--steps", type=int, default=500)
-    chosen = parser.parse_args()
+    chosen = parser.parse_intermixed_args()
     one = functools.partial(measure, runs=chosen.runs.resolve(), steps=chosen.steps)
     code = study(CASES, one, RESULTS, chosen.cases)
     if code == 0:

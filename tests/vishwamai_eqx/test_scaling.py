@@ -18,7 +18,7 @@ from tests import test_train
 from tests.histories import SETTINGS, numbers, stored, text
 from tests.kernels import formats64 as exact
 from tests.kernels.comparison import normal
-from tests.small import MIXED, random_batch, small, worst
+from tests.small import MIXED, random_batch, rarely, small, worst
 from tests.test_train import run
 from vishwamai_eqx import optim, scaling, skip, state
 from vishwamai_eqx.architecture import build
@@ -135,25 +135,21 @@ def test_nothing_else_touches_it():
     assert norm == pytest.approx(min(float(metrics[0].grad_norm), 1.0), rel=1e-4)
 
 
-def test_microbatches_and_meshes_see_the_same():
+@pytest.mark.parametrize(("sizes", "microbatches"), [({}, 2), rarely(MIXED, 1)], ids=str)
+def test_microbatches_and_meshes_see_the_same(sizes, microbatches):
     """The largest of all microbatches and devices: of weights to the last bit, of what is computed within rounding."""
-    one = trained("delayed", 1)
-    parts = dataclasses.replace(
-        config("delayed", history=3), optim=dataclasses.replace(config("delayed").optim, microbatches=2)
-    )
-    for found in (run(parts, {}, 1, "bfloat16"), run(config("delayed", history=3), MIXED, 1, "bfloat16")):
-        for is_weight in (True, False):
-            of = [
-                [
-                    leaf
-                    for path, leaf in jax.tree_util.tree_leaves_with_path(it[1].scaling)
-                    if (path[-1].name == "weights") == is_weight
-                ]
-                for it in (one, found)
-            ]
-            assert worst(*of) == 0 if is_weight else worst(*of) < 0.1
-        np.testing.assert_allclose(found[0][0].loss, one[0][0].loss, rtol=2e-3)
-        assert found[0][0].scaled.saturated.weights == 0
+    (expected,), one = trained("delayed", 1)
+    delayed = config("delayed", history=3, optim={"microbatches": microbatches})
+    (found,), other = run(delayed, sizes, 1, "bfloat16")
+
+    def largest(state, of_weights):
+        leaves = jax.tree_util.tree_leaves_with_path(state.scaling)
+        return [leaf for path, leaf in leaves if (path[-1].name == "weights") == of_weights]
+
+    assert worst(largest(one, True), largest(other, True)) == 0
+    assert worst(largest(one, False), largest(other, False)) < 0.1
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=2e-3)
+    assert found.scaled.saturated.weights == 0
 
 
 def test_a_step_that_is_not_taken_leaves_the_scales():
@@ -279,7 +275,8 @@ def test_the_factor_changes_no_gradient():
 
 def test_going_back_keeps_the_factor():
     config = in_f16()
-    now, before = (TrainState(None, None, skip.begin(), scaling.begin(None, config), jnp.int32(n)) for n in (7, 3))
+    model, scales = build(config, "float16", jax.random.key(0)), scaling.begin(None, config)
+    now, before = (TrainState(model, None, skip.begin(), scales, jnp.int32(n)) for n in (7, 3))
     halved = scaling.after(now.scaling, None, jnp.asarray(False), jnp.float32(np.nan), config)
     on = skip.go_on(before, dataclasses.replace(now, scaling=halved))
     assert on.step == 7 and on.scaling.loss.factor == 2**14
