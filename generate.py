@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -21,7 +21,7 @@ import vishwamai_eqx  # isort: skip  (before jax, whose platform it chooses)
 
 import jax.numpy as jnp
 
-from vishwamai_eqx import command_line, decode, evaluation, gemma
+from vishwamai_eqx import command_line, decode, evaluation, gemma, narrow
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
@@ -46,6 +46,8 @@ class Settings:
     """Draw from the fewest tokens whose probabilities reach p."""
     seed: int = 0
     """The same seed writes the same texts."""
+    weights: Literal["int8", "fp8"] | None = None
+    """The type that weights are held in, in half the bytes; none: as they are computed with."""
     num_samples: int = 1
     """Texts to write, each with draws of its own."""
     json: bool = False
@@ -80,9 +82,10 @@ def load(settings: Settings) -> Writer:
         model, tokenizer, config = vishwamai_eqx.load(settings.run_dir)
         # What a fine-tuned Gemma read in training is no bound of what it can read.
         longest = config.model.max_seq_len if config.gemma is None else config.gemma.max_position_embeddings
-        return Writer(model, tokenizer, longest)
+        return Writer(narrow.quantize(model, settings.weights), tokenizer, longest)
     dtype = compute_dtype("auto")
     decoder = gemma.load(settings.model, jnp.dtype(dtype)).decoder
+    decoder = narrow.quantize(decoder, settings.weights)
     return Writer(decoder, gemma.tokenizer(settings.model), decoder.config.max_position_embeddings)
 
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -40,6 +40,7 @@ from vishwamai_eqx import (
     processes,
     run,
     saved_config,
+    scaling,
     skip,
     state,
     targets,
@@ -55,6 +56,7 @@ from vishwamai_eqx.guard import Refusals, Signals
 from vishwamai_eqx.logbook import Logbook
 from vishwamai_eqx.loss import cross_entropy
 from vishwamai_eqx.mesh import gather, index, make_mesh, on_mesh, size, sum_over
+from vishwamai_eqx.metrics import Metrics
 from vishwamai_eqx.moe import RouterMetrics
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.skip import Skips
@@ -68,27 +70,6 @@ P = PartitionSpec
 MICROBATCHES = P(None, BATCH_AXES)  # of [microbatches, rows, seq]
 
 
-class Metrics(eqx.Module):
-    """What a step says of itself, the same on every device."""
-
-    loss: Float[Array, ""]
-    """Cross-entropy in nats a token."""
-    balance: Float[Array, ""]
-    router_z: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    tokens: Int[Array, ""]
-    load: Float[Array, "layers experts"] | None
-    """Each expert's share of its layer's choices."""
-    batch: UInt32[Array, "2"]
-    """The two halves of the batch's hash."""
-    watch: skip.Watch
-    """Whether the step was skipped, and what was usual."""
-    broken: nonfinite.Broken
-    """Where numbers were not finite."""
-    told: teaching.Told | None
-
-
 def make_step(
     config: Config, mesh: Mesh, specs: TrainState, transform: optax.GradientTransformation, *tutors: teaching.Tutor
 ) -> jax.stages.Wrapped:
@@ -99,7 +80,7 @@ def make_step(
     schedule = optim.learning_rate(config.optim)
 
     def loss(
-        model: Model, probes: Array, batch: Batch, lesson: Any, tokens: Array, key: Array | None, first_row: Array
+        model: Model, probes: Array, meters: Any, batch: Batch, lesson: Any, tokens: Array, key: Any, first_row: Array
     ) -> tuple[Array, Any]:
         """A microbatch's part of the step's loss: sums over its rows, divided by what the whole step has."""
         # Once for both uses of a tied embedding, whose gradients are added before they cross the wire.
@@ -114,6 +95,7 @@ def make_step(
             placement=placement,
             first_row=first_row,
             probes=probes,
+            meters=meters,
             return_hidden=lesson is not None and bool(lesson.pairs),
         )
         nll = token_loss(model, placement, hidden, batch) / tokens
@@ -134,18 +116,21 @@ def make_step(
         # Nobody sums gradients over devices here. The loss is a sum over them already, and its transpose hands each
         # device the gradient of its own shards, complete: scattered for what was gathered, summed for what was copied.
         # The gradients of the probes say in which layer the forward pass was not finite.
-        def accumulate(gradients: tuple[Model, Array], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
+        def accumulate(gradients: tuple[Model, Array, Any], xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             part, number = xs
             first_row = (number * size(*BATCH_AXES) + index(*BATCH_AXES)) * rows
-            differentiated = jax.grad(loss, argnums=(0, 1), has_aux=True)
+            differentiated = jax.grad(scaling.magnified(loss, current.scaling), argnums=(0, 1, 2), has_aux=True)
             more, metrics = differentiated(*variables, part, lesson, tokens, key, first_row)
-            return jax.tree.map(jnp.add, gradients, more), metrics
+            sums = jax.tree.map(jnp.add, gradients[:2], more[:2])
+            return (*sums, scaling.together(gradients[2], more[2])), metrics
 
-        variables = current.model, jnp.zeros(config.model.num_layers + 1)
+        meters = scaling.meters(current.scaling, current.model, config)
+        variables = current.model, jnp.zeros(config.model.num_layers + 1), meters
         zeros = jax.tree.map(jnp.zeros_like, variables)
-        (gradients, probes), metrics = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(microbatches)))
+        (gradients, probes, seen), metrics = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(microbatches)))
         nll, balance, z, load, told = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
 
+        gradients = scaling.reduced(gradients, current.scaling)
         squares = optim.squares(gradients)
         norm = optim.global_norm(squares, specs.model)
         take, watch = skip.judge(current.watch, nll, norm, config.guard)
@@ -154,6 +139,7 @@ def make_step(
         updates, opt_state = transform.update(gradients, current.opt_state, current.model)
         new = optax.apply_updates(current.model, updates), opt_state
         model, opt_state = skip.choose(take, new, (current.model, current.opt_state))
+        scales = scaling.after(current.scaling, seen, take, norm, config)
         metrics = Metrics(
             loss=nll,
             balance=balance,
@@ -168,8 +154,9 @@ def make_step(
             watch=watch,
             broken=broken,
             told=told,
+            scaled=scaling.told(current.scaling, seen, microbatches),
         )
-        return TrainState(model, opt_state, watch, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
+        return TrainState(model, opt_state, watch, scales, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
 
     in_specs = (specs, on_mesh(MICROBATCHES, mesh), *tutors)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=True)
@@ -336,12 +323,11 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
 
         def go_back(current: TrainState, n: int) -> TrainState:
             """The last checkpoint's state, at step n: past the batches that were skipped, and those before them."""
-            last = current.step
             jax.tree.map(lambda leaf: leaf.delete(), (current.model, current.opt_state))  # make room for it
             restored = checkpoints.restore(abstract) or new_state()
             log.resume(first := int(restored.step))
             log.event("went_back", f"to the state of step {first}, and on with the batch after step {n}", step=n)
-            restored = skip.go_on(restored, last)
+            restored = skip.go_on(restored, current)
             # A run that ends here goes on from here: past those batches.
             checkpoints.save(n, restored)
             return restored

@@ -19,6 +19,7 @@ Glossary of axes. Inside `shard_map` a name is the local size.
 from kernels.flash_attention.api import flash_attention
 from kernels.gemm.api import gemm, scaled_matmul
 from kernels.gemm.fp8 import Fp8, fp8_activations, fp8_gemm, fp8_weights
+from kernels.gemm.meters import Meter, Meters
 from kernels.gemm.quantize import Quantized, dequantize, quantize
 from kernels.grouped_matmul.api import grouped_matmul
 from kernels.grouped_matmul.fp8 import fp8_grouped_matmul
@@ -27,6 +28,8 @@ from kernels.moe_dispatch.api import DispatchPlan, moe_combine, moe_dispatch
 __all__ = [
     "DispatchPlan",
     "Fp8",
+    "Meter",
+    "Meters",
     "Quantized",
     "dequantize",
     "flash_attention",

@@ -64,5 +64,11 @@ def choose_kernel(
 
 
 @functools.cache
+def warn_once(sentence: str) -> None:
+    """Say something of how a program is computed, the first time that it is."""
+    logger.warning("%s", sentence)
+
+
+@functools.cache
 def _log_once(operation: str, name: str) -> None:
     logger.info("%s: implementation %r, chosen automatically", operation, name)

@@ -12,7 +12,7 @@ Model = VishwamAI | gemma.Decoder
 
 def build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
     """The model of a configuration, untrained."""
-    shape, fp8 = config.model, config.precision == "fp8"
+    shape, fp8 = config.model, config.scaling if config.precision == "fp8" else None
     if config.gemma is not None:
         return gemma.Decoder(config.gemma, compute_dtype, shape.remat, attention=shape.attention, fp8=fp8, key=key)
     arguments = {name: getattr(shape, name) for name in shape.__dataclass_fields__}

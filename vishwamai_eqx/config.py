@@ -19,7 +19,9 @@ from vishwamai_eqx.gemma_config import GemmaConfig
 AttentionPattern = Literal["full", "window", "blocks"]
 Remat = Literal["none", "dots", "inputs", "full"]
 Schedule = Literal["cosine", "wsd"]
-Precision = Literal["auto", "f32", "bf16", "fp8"]
+Precision = Literal["auto", "f32", "bf16", "f16", "fp8"]
+Fp8Scaling = Literal["block", "tensor", "delayed"]
+LossScaling = Literal["auto", "none", "dynamic"]
 Implementation = Literal["auto", "reference", "xla", "pallas_tpu"]
 AXES = ("replica", "data", "expert", "model")
 """Of the mesh, from the slowest wires to the fastest. `replica` divides the batch only, `data` the parameters and the
@@ -28,6 +30,9 @@ heads, ffn and vocabulary."""
 AUTO_MESH = "auto"
 BATCH_AXES = AXES[:3]
 """Those that divide the rows of a batch."""
+
+SHARED_INPUTS = (("query", "key", "value"), ("out",), ("gate", "up"), ("down",))
+"""The blocks' weights in groups that are multiplied with the same; the first of each rounds it for all."""
 
 SMALLEST_VOCABULARY = 260
 """A piece for each byte, so that any text can be written, and four special ones."""
@@ -128,6 +133,26 @@ class OptimConfig:
     """Weight of the experts' load-balance loss."""
     router_z_loss_weight: float = 0.001
     """Weight of the squared log-partition of the router."""
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """How numbers are brought into the reach of narrow formats."""
+
+    fp8: Annotated[Fp8Scaling, tyro.conf.arg(aliases=["--fp8-scaling"])] = "block"
+    """What has a scale in fp8: each block of numbers, each tensor by the numbers at hand, or each tensor by the largest
+    numbers of its last steps."""
+    history: int = 16
+    """Steps whose largest numbers make the scales of delayed."""
+    skip: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--fp8-skip"])] = ()
+    """Weights of the blocks that stay in bf16, of query, key, value, out, gate, up and down; those that share their
+    input together. Embedding, head and router always do."""
+    loss: LossScaling = "auto"
+    """Whether gradients are computed of the loss times a power of two, halved when one is not finite; auto: in f16."""
+    loss_start: int = 2**15
+    """The first such factor."""
+    loss_steps: int = 1000
+    """After so many steps taken with a factor it is doubled."""
 
 
 @dataclass(frozen=True)
@@ -241,7 +266,8 @@ class Config:
     offload: bool = False
     """Keep the optimiser's state in the hosts' memory and fetch it for each update; of use on TPUs from v4 on."""
     precision: Precision = "auto"
-    """Type of the matrix products; auto: bf16 on accelerators and on CPUs with bf16 instructions, else f32."""
+    """Type of the matrix products; auto: bf16 on accelerators and on CPUs with bf16 instructions, else f32. f16 is none
+    of TPUs'."""
     init: Path | None = None
     """A Gemma folder of Hugging Face to fine-tune: its model, weights and tokenizer; none: VishwamAI, untrained."""
     gemma: Annotated[GemmaConfig | None, tyro.conf.Suppress] = None
@@ -263,6 +289,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

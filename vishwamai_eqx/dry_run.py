@@ -70,7 +70,7 @@ def examine(config: Config, sizes: dict[str, int], step_of: StepOf) -> dict[str,
         again, multiplied = program.flops_again / here, program.flops
         wire = roofline.wire_bytes(program, shape)
     state_bytes = by_hand.parameters + by_hand.optimizer
-    moved = roofline.hbm_bytes(config, state_bytes, held.gathered * (2 if dtype == "bfloat16" else 4))
+    moved = roofline.hbm_bytes(config, state_bytes, held.gathered * (4 if dtype == "float32" else 2))
     bound = roofline.roofline(generation, multiplied, of_model * here, moved, wire)
     scale = (compiled.peak - state_bytes) / (by_hand.peak - state_bytes)
     known = by_hand.parameters + by_hand.optimizer + by_hand.gradients + by_hand.teacher

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vishwamai_eqx import gemma_config, huggingface_model
 from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
-from vishwamai_eqx.config import Remat
+from vishwamai_eqx.config import Remat, ScalingConfig
 from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
 from vishwamai_eqx.gemma_names import configuration, names
 from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, rotary_angles, wide
@@ -98,7 +98,7 @@ class Decoder(eqx.Module):
     untied_head: Embedding | None
     config: GemmaConfig = eqx.field(static=True)
     compute_dtype: str = eqx.field(static=True)
-    fp8: bool = eqx.field(static=True)
+    fp8: ScalingConfig | None = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
 
     def __init__(
@@ -108,7 +108,7 @@ class Decoder(eqx.Module):
         remat: Remat = "full",
         *,
         attention: str = "auto",
-        fp8: bool = False,
+        fp8: ScalingConfig | None = None,
         key: PRNGKeyArray,
     ):
         embedding_key, head_key, blocks_key, rest_key = jax.random.split(key, 4)
@@ -140,6 +140,7 @@ class Decoder(eqx.Module):
         placement: Any = None,
         first_row: Int[Array, ""] | int = 0,
         probes: Float[Array, "blocks"] | None = None,
+        meters: Any = None,
         return_hidden: bool = False,
     ) -> tuple[Float[Array, "batch seq d_model"], GemmaCache | None, list[Float[Array, "batch seq d_model"]] | None]:
         """Final hidden states, the cache with the new tokens in it, and with `return_hidden` each block's output.
@@ -173,13 +174,14 @@ class Decoder(eqx.Module):
         angles = {kind: kind_angles(kind) for kind in set(config.layer_types)}
 
         def layers(
-            x: Array, shards: Any, caches: Any, index: Array, places: Any, probes: Array | None
+            x: Array, shards: Any, caches: Any, index: Array, places: Any, probes: Array | None, meters: Any
         ) -> tuple[Array, tuple, list[Array]]:
             """Some blocks one after the other, each the `index`-th of its stack."""
             outputs, read = [], []
             for i, shard in enumerate(shards):
                 # Gathered here, inside what remat repeats, so that no more than a period's weights live at a time.
-                block = gather(shard, places and jax.tree.map(without_layers, places[i]), dtype, fp8=self.fp8)
+                place = places and jax.tree.map(without_layers, places[i])
+                block = gather(shard, place, dtype, fp8=self.fp8, meters=meters and meters[i])
                 slot = None if cache is None else CacheSlot(caches[i], index)
                 x, after = block(x, positions, angles[config.layer_types[i]], segment_ids, slot)
                 x = x if probes is None else tap(x, probes[i])
@@ -188,23 +190,25 @@ class Decoder(eqx.Module):
             return x, tuple(read), outputs
 
         def one_period(carry: tuple[Array, Any], xs: Any) -> tuple[tuple[Array, Any], list[Array] | None]:
-            shards, index, probes = xs
-            x, caches, outputs = layers(*carry[:1], shards, carry[1], index, placement and placement.period, probes)
+            shards, index, probes, meters = xs
+            places = placement and placement.period
+            x, caches, outputs = layers(*carry[:1], shards, carry[1], index, places, probes, meters)
             return (x, caches), outputs if return_hidden else None
 
         if self.remat != "none":
             one_period = jax.checkpoint(one_period, policy=REMAT[self.remat], prevent_cse=False)
         nothing = (None,) * config.period
         carry = (x, nothing if cache is None else cache.period)
-        (x, period_caches), outputs = jax.lax.scan(one_period, carry, (self.period, jnp.arange(repeats), period_probes))
+        xs = (self.period, jnp.arange(repeats), period_probes, meters and meters.period)
+        (x, period_caches), outputs = jax.lax.scan(one_period, carry, xs)
         hidden = None
         if outputs is not None:
             # Of [repeats] each, position by position of the period, to the order of the layers.
             hidden = [stack[i] for i in range(repeats) for stack in outputs]
-        rest = jax.tree.map(lambda leaf: leaf[0], self.rest)
+        rest, rest_meters = jax.tree.map(lambda leaf: leaf[0], (self.rest, meters and meters.rest))
         rest_caches = nothing if cache is None else cache.rest
         places = placement and placement.rest
-        x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), places, rest_probes)
+        x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), places, rest_probes, rest_meters)
         if cache is not None:
             lengths = cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
 

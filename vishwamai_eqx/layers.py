@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 import kernels
-from kernels import Fp8
+from kernels import Fp8, Quantized
 from kernels.compat import accumulator, varying_axes
 from vishwamai_eqx.mesh import index, sum_over, vary
 from vishwamai_eqx.parameters import normal, parameter
@@ -29,14 +29,23 @@ PRODUCT_INPUT = "product_input"
 """The name under which a remat policy finds what goes into the products with weights."""
 
 
-def operand(x: Float[Array, "*batch k"], weight: Array | Fp8, block_size: int) -> Array | Fp8:
+def operand(x: Float[Array, "*batch k"], weight: Array | Fp8 | Quantized, block_size: int) -> Array | Fp8:
     """x as all products of it with such weights take it, and as it is kept for the backward pass by `PRODUCT_INPUT`:
     rounded to fp8 once if they are."""
     if not isinstance(weight, Fp8):
         return checkpoint_name(x, PRODUCT_INPUT)
-    rounded = kernels.fp8_activations(x, block_size)
+    rounded = kernels.fp8_activations(x, block_size, weight.meters)
     values, scales = checkpoint_name(jax.lax.stop_gradient(rounded[:2]), PRODUCT_INPUT)
     return Fp8(values, scales, rounded.gradient)
+
+
+def narrow_product(
+    x: Float[Array, "*batch k"], weight: Quantized, transposed: bool, dtype: jnp.dtype
+) -> Float[Array, "*batch n"]:
+    """x W with W held in 8 bits, in `dtype`."""
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = kernels.scaled_matmul(flat, weight.values, None, weight.scales, transposed=transposed, dtype=dtype)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class TPUGEMMLinear(eqx.Module):
@@ -104,6 +113,8 @@ class TPUGEMMLinear(eqx.Module):
     def __call__(self, x: Float[Array, "*batch {self.here[0]}"] | Fp8) -> Float[Array, "*batch {self.here[1]}"]:
         if isinstance(self.weight, Fp8):
             y = kernels.fp8_gemm(x, self.weight, transposed=self.transposed, block_size=self.block_size)
+        elif isinstance(self.weight, Quantized):
+            y = narrow_product(x, self.weight, self.transposed, x.dtype)
         else:
             y = kernels.gemm(x, self.weight, transposed=self.transposed)
         if self.split is not None and self.split[0] == "in_features":
@@ -159,6 +170,8 @@ class Embedding(eqx.Module):
         self.weight = normal(key, (vocab_size, hidden_size), std)
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch d_model"]:
+        if isinstance(self.weight, Quantized):
+            return self.weight.values[tokens].astype(jnp.float32) * self.weight.scales[tokens]
         return sum_over(take_rows(self.weight, tokens - self.first_row), "model")
 
     @property
@@ -167,6 +180,8 @@ class Embedding(eqx.Module):
         return index("model") * self.weight.shape[0]
 
     def logits(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
+        if isinstance(self.weight, Quantized):
+            return narrow_product(hidden, self.weight, True, wide(hidden.dtype))
         weight = self.weight.astype(hidden.dtype)
         return jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=wide(hidden.dtype))
 

@@ -11,18 +11,20 @@ no collective goes over it, which XLA on CPU would carry out as a copy. What var
 and `sum_over` makes it whole. Outside `shard_map` the functions here take all axes to be of size one.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from kernels import Fp8, fp8_weights
+from kernels import Fp8, Meter, Meters, Quantized, fp8_weights
 from kernels.compat import accumulator, varying_axes, zeros_varying_like
-from vishwamai_eqx.config import AXES, BATCH_AXES
-from vishwamai_eqx.parameters import Declaration, declarations
+from kernels.gemm.fp8 import fp8_rounded
+from vishwamai_eqx.config import AXES, BATCH_AXES, ScalingConfig
+from vishwamai_eqx.parameters import Declaration, declarations, is_parameter
 
 P = PartitionSpec
 Tree = TypeVar("Tree")
@@ -149,7 +151,7 @@ def experts_axis(declared: Declaration) -> int | None:
     return declared.axes.index("experts") if axes[0] == "experts" else None
 
 
-def gather(shards: Tree, placement: Any, dtype: Any, *, fp8: bool = False) -> Tree:
+def gather(shards: Tree, placement: Any, dtype: Any, *, fp8: ScalingConfig | None = None, meters: Any = None) -> Tree:
     """What a device computes with: all that `data` divides of each array, and its own part of what others divide.
 
     Inside `shard_map`. Arrays are cast to `dtype` before they cross the wire, those declared without cast stay as they
@@ -157,15 +159,22 @@ def gather(shards: Tree, placement: Any, dtype: Any, *, fp8: bool = False) -> Tr
     holds already becomes a copy of its own, whose gradient is summed over the devices by the transpose. With no
     placement, outside `shard_map`, only the cast happens.
 
-    With `fp8`, what is declared for it is rounded to `dtype` and then to e4m3, and crosses the wire so where shards
-    hold whole blocks: the numbers are those of one device.
+    With `fp8`, what is declared for it and not to be skipped is rounded to `dtype` and then to e4m3, and crosses the
+    wire so where it has one scale or shards hold whole blocks: the numbers are those of one device. `meters`, a tree
+    like the shards, say what earlier steps know of scales. What is held in 8 bits stays as it is.
     """
 
-    def whole(shard: Any, declared: Declaration, spec: PartitionSpec | None) -> Any:
-        to, block = dtype if declared.cast else shard.dtype, declared.fp8 if fp8 else None
+    def whole(path: Any, shard: Any, declared: Declaration, spec: PartitionSpec | None, meters: Any) -> Any:
+        if isinstance(shard, Quantized):
+            return shard
+        to, block = dtype if declared.cast else shard.dtype, None
+        if fp8 is not None and not named(path, fp8.skip):
+            block = declared.fp8
+            if block is not None and fp8.fp8 != "block" and meters is None:
+                meters = unknown()
 
         def rounded(x: jax.Array) -> Any:
-            return x if block is None else fp8_weights(x, block)
+            return x if block is None else fp8_weights(x, block, meters)
 
         if spec is None:
             return rounded(shard.astype(to))
@@ -178,15 +187,26 @@ def gather(shards: Tree, placement: Any, dtype: Any, *, fp8: bool = False) -> Tr
                 name for name in axes_of(entry) if name == "data" or (name == "expert" and dimension != placed)
             )
             if names:
-                if block is not None and shard.shape[dimension] % block == 0:
-                    return gathered_fp8(shard, dimension, names, to, block)
+                if block is not None and (meters is not None or shard.shape[dimension] % block == 0):
+                    sent: Any = gathered_fp8(shard, meters and meters.weights, dimension, names, to, block)
+                    return sent._replace(meters=meters)
                 return rounded(gathered(shard, dimension, names, to))
         return rounded(shard.astype(to))
 
-    declared = declarations(shards)
-    if placement is None:
-        return jax.tree.map(lambda shard, declared: whole(shard, declared, None), shards, declared)
-    return jax.tree.map(whole, shards, declared, placement)
+    nothing = jax.tree.map(lambda _: None, shards, is_leaf=is_parameter)
+    trees = declarations(shards), nothing if placement is None else placement, nothing if meters is None else meters
+    return jax.tree_util.tree_map_with_path(whole, shards, *trees, is_leaf=is_parameter)
+
+
+def named(path: tuple[Any, ...], names: Collection[str]) -> bool:
+    """Whether what lies there in a tree, or a module that it is in, has one of the names."""
+    return any(getattr(entry, "name", None) in names for entry in path)
+
+
+def unknown() -> Meters:
+    """Of a weight of which nothing is known from earlier steps: each tensor's scale is that of its own numbers."""
+    here = Meter(None, jax.numpy.zeros(()), jax.numpy.zeros(()))
+    return Meters(here, here, here)
 
 
 def side_by_side(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any) -> jax.Array:
@@ -201,27 +221,42 @@ def gathered_fwd(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype:
     return side_by_side(shard, dimension, axes, dtype), jax.numpy.zeros((), shard.dtype)
 
 
-def fp8_side_by_side(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any, block: int) -> Fp8:
-    """The same in e4m3 with scales, of shards that are whole blocks along the dimension."""
-    rounded = fp8_weights(shard.astype(dtype), block)
+def fp8_side_by_side(
+    shard: jax.Array, meter: Meter | None, dimension: int, axes: tuple[str, ...], dtype: Any, block: int
+) -> tuple[Fp8, Any]:
+    """The same in e4m3 with scales, of shards that are whole blocks along the dimension or have one scale; and what is
+    kept for the way back."""
+    rounded, seen = fp8_rounded(shard.astype(dtype), meter, (block, block), False)
     # As bytes: not every backend can send what it cannot compute with.
     sent = jax.lax.bitcast_convert_type(rounded.values, jax.numpy.uint8)
-    values, scales = (jax.lax.all_gather(x, axes, axis=dimension, tiled=True) for x in (sent, rounded.scales))
+
+    def gathered(x: jax.Array) -> jax.Array:
+        return jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+
+    values, scales = gathered(sent), rounded.scales
+    if meter is None:
+        scales = gathered(scales)
+    else:
+        # One for all; but where a device has what is no number, all shall see it.
+        worst = jax.lax.pmax(jax.numpy.isnan(scales).astype(jax.numpy.int32), axes)
+        scales = jax.numpy.where(worst > 0, jax.numpy.nan, scales)
     values = jax.lax.bitcast_convert_type(values, rounded.values.dtype)
-    return Fp8(values, scales, zeros_varying_like(values.shape, dtype, values))
+    zeros = zeros_varying_like(values.shape, dtype, values)
+    return Fp8(values, scales, zeros), (jax.numpy.zeros((), shard.dtype), seen)
 
 
-gathered_fp8 = jax.custom_vjp(fp8_side_by_side, nondiff_argnums=(1, 2, 3, 4))
-
-
-def gathered_fp8_fwd(shard: jax.Array, dimension: int, axes: tuple[str, ...], dtype: Any, block: int) -> Any:
-    return fp8_side_by_side(shard, dimension, axes, dtype, block), jax.numpy.zeros((), shard.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def gathered_fp8(
+    shard: jax.Array, meter: Meter | None, dimension: int, axes: tuple[str, ...], dtype: Any, block: int
+) -> Fp8:
+    return fp8_side_by_side(shard, meter, dimension, axes, dtype, block)[0]
 
 
 def gathered_fp8_bwd(
-    dimension: int, axes: tuple[str, ...], dtype: Any, block: int, like: Any, g: Fp8
-) -> tuple[jax.Array]:
-    return gathered_bwd(dimension, axes, dtype, like, g.gradient)
+    dimension: int, axes: tuple[str, ...], dtype: Any, block: int, saved: Any, g: Fp8
+) -> tuple[jax.Array, Meter | None]:
+    like, seen = saved
+    return *gathered_bwd(dimension, axes, dtype, like, g.gradient), seen
 
 
 def gathered_bwd(dimension: int, axes: tuple[str, ...], dtype: Any, like: Any, g: jax.Array) -> tuple[jax.Array]:
@@ -234,4 +269,4 @@ def gathered_bwd(dimension: int, axes: tuple[str, ...], dtype: Any, like: Any, g
 
 
 gathered.defvjp(gathered_fwd, gathered_bwd)
-gathered_fp8.defvjp(gathered_fp8_fwd, gathered_fp8_bwd)
+gathered_fp8.defvjp(fp8_side_by_side, gathered_fp8_bwd)

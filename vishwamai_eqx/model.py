@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from kernels.gemm.meters import SEEN
 from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
-from vishwamai_eqx.config import AttentionPattern, Remat
+from vishwamai_eqx.config import AttentionPattern, Remat, ScalingConfig
 from vishwamai_eqx.layers import PRODUCT_INPUT, Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
@@ -19,10 +20,10 @@ from vishwamai_eqx.projections import Projections
 # Of preset tiny, with which the scales of embedding and logits were found.
 WIDTH = 128
 # What the forward pass leaves for backward; "none" leaves all there is.
-_TAPS = jax.checkpoint_policies.save_only_these_names(TAP)
+_TAPS = jax.checkpoint_policies.save_only_these_names(TAP, SEEN)
 REMAT = {
     "full": _TAPS,
-    "inputs": jax.checkpoint_policies.save_only_these_names(TAP, PRODUCT_INPUT),
+    "inputs": jax.checkpoint_policies.save_only_these_names(TAP, SEEN, PRODUCT_INPUT),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         _TAPS, jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     ),
@@ -65,8 +66,8 @@ class VishwamAI(eqx.Module):
     """A decoder with grouped-query attention, rotary positions and a mixture of gated experts.
 
     Parameters are f32; `compute_dtype` is the type of activations and matrix products, of which those of the blocks'
-    weights, but for the router's, are in fp8 with `fp8`. Blocks are stacked on the first axis of each of their arrays
-    and scanned.
+    weights, but for the router's, are in fp8 as `fp8` says. Blocks are stacked on the first axis of each of their
+    arrays and scanned.
     """
 
     embedding: Embedding
@@ -77,7 +78,7 @@ class VishwamAI(eqx.Module):
     """Only where a run learns of a teacher's layers, while it is trained."""
     rope_theta: float = eqx.field(static=True)
     compute_dtype: str = eqx.field(static=True)
-    fp8: bool = eqx.field(static=True)
+    fp8: ScalingConfig | None = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
     scan_unroll: int = eqx.field(static=True)
 
@@ -104,7 +105,7 @@ class VishwamAI(eqx.Module):
         remat: Remat = "full",
         scan_unroll: int = 1,
         compute_dtype: str = "float32",
-        fp8: bool = False,
+        fp8: ScalingConfig | None = None,
         key: PRNGKeyArray,
     ):
         embedding_key, blocks_key, head_key = jax.random.split(key, 3)
@@ -165,6 +166,7 @@ class VishwamAI(eqx.Module):
         placement: Any = None,
         first_row: Int[Array, ""] | int = 0,
         probes: Float[Array, "blocks"] | None = None,
+        meters: Any = None,
         return_hidden: bool = False,
     ) -> tuple[
         Float[Array, "batch seq d_model"],
@@ -179,7 +181,8 @@ class VishwamAI(eqx.Module):
         row's tokens, and `positions` follow the cache. `key` turns dropout on. `placement` is a tree like the model
         of where its shards lie, when called inside `shard_map`; `first_row` then says which row of the whole batch
         is the first one here. `probes`, one for the embedding and one for each layer, say by their gradients whose
-        output was not finite: see `nonfinite.tap`.
+        output was not finite: see `nonfinite.tap`. `meters`, a tree like the model, say how its weights in fp8 and
+        what they are multiplied with are scaled, and by their gradients what was seen: see `scaling`.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -192,7 +195,7 @@ class VishwamAI(eqx.Module):
             # The head wants a small embedding and the residual stream one that the branches do not drown: without the
             # factor preset tiny needed three times the tokens for the same loss. It is the same at every width: what
             # grew with it would make of the first logits those of the token that was just read.
-            x = embedding(tokens) * jnp.asarray(math.sqrt(WIDTH), dtype)
+            x = embedding(tokens).astype(dtype) * jnp.asarray(math.sqrt(WIDTH), dtype)
         if probes is not None:
             x = tap(x, probes[0])
 
@@ -202,9 +205,9 @@ class VishwamAI(eqx.Module):
 
         def layer(carry: tuple[Array, KVCache | None], xs: Any) -> tuple[tuple, tuple]:
             x, cache = carry
-            shards, index, probe = xs
+            shards, index, probe, meters = xs
             # Gathered here, inside what remat repeats, so that no more than one layer's weights live at a time.
-            block = gather(shards, block_placement, dtype, fp8=self.fp8)
+            block = gather(shards, block_placement, dtype, fp8=self.fp8, meters=meters)
             slot = None if cache is None else CacheSlot(cache, index)
             layer_key = None if key is None else jax.random.fold_in(key, index)
             x, cache, metrics = block(x, positions, angles, segment_ids, slot, key=layer_key, first_row=first_row)
@@ -213,7 +216,7 @@ class VishwamAI(eqx.Module):
 
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
-        xs = (self.blocks, jnp.arange(layers), None if probes is None else probes[1:])
+        xs = (self.blocks, jnp.arange(layers), None if probes is None else probes[1:], meters and meters.blocks)
         # With a cache each layer is little work, and unrolling them buys compile time only.
         unroll = min(self.scan_unroll, layers) if cache is None else 1
         (x, cache), (metrics, outputs) = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)

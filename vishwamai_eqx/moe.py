@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -129,14 +130,22 @@ class MoE(eqx.Module):
             way = route(plan)
             rows = way.deliver(rows)
         with jax.named_scope("experts"):
-            grouped = functools.partial(
-                functools.partial(kernels.fp8_grouped_matmul, block_size=self.block_size)
-                if isinstance(self.gate, kernels.Fp8)
-                else kernels.grouped_matmul,
-                group_sizes=way.group_sizes,
-                row_alignment=way.row_alignment,
-                implementation=self.implementation,
-            )
+
+            def grouped(rows: Any, weight: Any, transposed: bool = False) -> Array:
+                product = kernels.grouped_matmul
+                if isinstance(weight, kernels.Fp8):
+                    product = functools.partial(kernels.fp8_grouped_matmul, block_size=self.block_size)
+                elif isinstance(weight, kernels.Quantized):
+                    weight = (weight.values.astype(jnp.float32) * weight.scales).astype(rows.dtype)
+                return product(
+                    rows,
+                    weight,
+                    transposed=transposed,
+                    group_sizes=way.group_sizes,
+                    row_alignment=way.row_alignment,
+                    implementation=self.implementation,
+                )
+
             rows = operand(rows, self.gate, self.block_size)
             inner = gated(self.activation, grouped(rows, self.gate), grouped(rows, self.up))
             rows = grouped(operand(inner, self.down, self.block_size), self.down, transposed=True)

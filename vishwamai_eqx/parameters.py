@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from kernels import Quantized
+
 
 @dataclass(frozen=True)
 class Declaration:
@@ -66,7 +68,12 @@ def declarations(tree: Any) -> Any:
         fp8 = owner.block_size if metadata["fp8"] and owner.use_fp8 else None
         return Declaration(axes, metadata["decay"], metadata["cast"], split, fp8)
 
-    return jax.tree_util.tree_map_with_path(declared, tree)
+    return jax.tree_util.tree_map_with_path(declared, tree, is_leaf=is_parameter)
+
+
+def is_parameter(node: Any) -> bool:
+    """Whether a node of a model is a parameter that is no array: one held in 8 bits."""
+    return isinstance(node, Quantized)
 
 
 def count(tree: Any) -> int:

@@ -5,16 +5,17 @@
     matrix products and the activations between them      the compute type, with sums in f32
     products with the blocks' weights, in fp8             e4m3 forward, e5m2 gradients, with sums in f32
 
-The compute type is `--precision`: f32 or bf16, and bf16 of fp8. Embedding, head and router stay in theirs; what is
-multiplied in fp8 has a scale for every 128 numbers of activations and gradients and every 128 by 128 of weights, taken
-from the numbers at hand (`kernels.fp8_gemm`), and weights are gathered in fp8 (`mesh.gather`).
+The compute type is `--precision`: f32, bf16 or f16, and bf16 of fp8. Embedding, head and router stay in theirs; what
+is multiplied in fp8 has a scale for every 128 numbers of activations and gradients and every 128 by 128 of weights,
+taken from the numbers at hand (`kernels.fp8_gemm`), or one for each tensor (`scaling`), and weights are gathered in fp8
+(`mesh.gather`). In f16, which ends at 65504 and at 2^-24, gradients are those of the loss times a factor (`scaling`).
 """
 
 from pathlib import Path
 
 import jax
 
-COMPUTE_DTYPES = {"f32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
+COMPUTE_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "fp8": "bfloat16"}
 
 
 def compute_dtype(precision: str) -> str:

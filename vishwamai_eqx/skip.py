@@ -72,11 +72,15 @@ def choose(take: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
     return jax.tree.map(lambda after, before: jnp.where(take, after, before).astype(before.dtype), new, old)
 
 
-def go_on(state: Any, step: Int[Array, ""]) -> Any:
-    """A restored training state at a later step, as if the batches up to it had been seen."""
+def go_on(state: Any, last: Any) -> Any:
+    """A restored training state at the step of the last one, as if the batches up to it had been seen.
+
+    The factor of the loss stays the last one's: where it was too large, it would be so again.
+    """
     skipped = jax.device_put(jnp.zeros_like(state.watch.skipped), state.watch.skipped.sharding)
     watch = dataclasses.replace(state.watch, skipped=skipped)
-    return dataclasses.replace(state, step=step, watch=watch)
+    scaling = dataclasses.replace(state.scaling, loss=last.scaling.loss)
+    return dataclasses.replace(state, step=last.step, watch=watch, scaling=scaling)
 
 
 def reason(metrics: Any) -> str:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from vishwamai_eqx import data, flops, teaching
+from vishwamai_eqx import data, flops, scaling, teaching
 from vishwamai_eqx.config import Config
 
 
@@ -27,7 +27,7 @@ class Speed:
         }
         row |= {"tokens_per_second": rate, "balance": metrics.balance, "router_z": metrics.router_z}
         row |= {"batch_hash": data.BatchHash(metrics.batch), "skipped": metrics.watch.skipped}
-        row |= teaching.row(metrics.told)
+        row |= teaching.row(metrics.told) | scaling.row(metrics.scaled)
         self.note = f"loss {loss:.3f} · {rate:,.0f} tokens/s"
         if self.peak:
             row["mfu"] = rate * self.flops / self.peak

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from vishwamai_eqx import gemma, optim, skip, teacher
+from vishwamai_eqx import gemma, optim, scaling, skip, teacher
 from vishwamai_eqx.architecture import Model, abstract, build
 from vishwamai_eqx.config import Config
 from vishwamai_eqx.mesh import place
@@ -19,7 +19,7 @@ from vishwamai_eqx.projections import Projections, layer_pairs
 
 
 class TrainState(eqx.Module):
-    """Parameters, optimiser state, what their last steps were like, and how many there were.
+    """Parameters, optimiser state, what their last steps were like, how numbers are scaled, and how many there were.
 
     Keys and batches derive from the step.
     """
@@ -27,19 +27,20 @@ class TrainState(eqx.Module):
     model: Model
     opt_state: Any
     watch: skip.Watch
+    scaling: scaling.Scaling
     step: Int[Array, ""]
 
 
 def abstract_state(config: Config, compute_dtype: str, transform: optax.GradientTransformation) -> TrainState:
     """The state's shapes and types, nothing allocated."""
-    return jax.eval_shape(lambda: _begin(_build(config, compute_dtype, jax.random.key(0)), transform))
+    return jax.eval_shape(lambda: _begin(config, _build(config, compute_dtype, jax.random.key(0)), transform))
 
 
 def placement(state: TrainState, sizes: dict[str, int], transform: optax.GradientTransformation) -> TrainState:
     """A tree like the state of the PartitionSpec of each array."""
     model = place(state.model, sizes)
-    watch = jax.tree.map(lambda _: PartitionSpec(), state.watch)
-    parts = (model, optim.place_state(transform, state.model, model), watch, PartitionSpec())
+    everywhere = jax.tree.map(lambda _: PartitionSpec(), (state.watch, state.scaling, state.step))
+    parts = (model, optim.place_state(transform, state.model, model), everywhere)
     return jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(parts))
 
 
@@ -87,11 +88,12 @@ def initialise(
     if config.init is None:
         seed = config.seed
         new = jax.jit(
-            lambda: _begin(_build(config, compute_dtype, jax.random.key(seed)), transform), out_shardings=shardings
+            lambda: _begin(config, _build(config, compute_dtype, jax.random.key(seed)), transform),
+            out_shardings=shardings,
         )
         return new()
     model = gemma.read(config.init, abstract(config, compute_dtype), np.dtype(np.float32), shardings.model)
-    return jax.jit(lambda model: _begin(model, transform), donate_argnums=0, out_shardings=shardings)(model)
+    return jax.jit(lambda model: _begin(config, model, transform), donate_argnums=0, out_shardings=shardings)(model)
 
 
 def _build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
@@ -107,5 +109,6 @@ def _build(config: Config, compute_dtype: str, key: PRNGKeyArray) -> Model:
     return eqx.tree_at(lambda model: model.projections, model, maps, is_leaf=lambda leaf: leaf is None)
 
 
-def _begin(model: Model, transform: optax.GradientTransformation) -> TrainState:
-    return TrainState(model, transform.init(model), skip.begin(), jnp.zeros((), jnp.int32))
+def _begin(config: Config, model: Model, transform: optax.GradientTransformation) -> TrainState:
+    scales = scaling.begin(model, config)
+    return TrainState(model, transform.init(model), skip.begin(), scales, jnp.zeros((), jnp.int32))

@@ -5,7 +5,17 @@ from collections.abc import Callable, Iterator
 from typing import Any, get_type_hints
 
 from vishwamai_eqx import flops, teacher
-from vishwamai_eqx.config import BATCH_AXES, PRESETS, SMALLEST_VOCABULARY, Config, ModelConfig, nearest, parse_mesh
+from vishwamai_eqx.config import (
+    BATCH_AXES,
+    PRESETS,
+    SHARED_INPUTS,
+    SMALLEST_VOCABULARY,
+    Config,
+    ModelConfig,
+    ScalingConfig,
+    nearest,
+    parse_mesh,
+)
 from vishwamai_eqx.factors import closest, divisors
 from vishwamai_eqx.projections import layer_pairs
 
@@ -66,7 +76,7 @@ def _alone(require: Callable[..., None], config: Config, platform: str | None) -
     """What each setting must be whatever the others are, or are but for a switch."""
     model, data, optim = config.model, config.data, config.optim
     require("preset", config.preset, config.preset in PRESETS, f"one of {', '.join(PRESETS)}", nearest(config.preset))
-    for section in ("model", "optim", "checkpoint", "eval", "guard"):
+    for section in ("model", "optim", "scaling", "checkpoint", "eval", "guard"):
         settings = getattr(config, section)
         for name, kind in get_type_hints(type(settings)).items():
             if kind is int:
@@ -106,6 +116,16 @@ def _alone(require: Callable[..., None], config: Config, platform: str | None) -
         value = getattr(model, name)
         holds = value != "pallas_tpu" or platform in (None, "tpu")
         require(f"model.{name}", value, holds, f"an implementation that runs on {platform}", "auto")
+    require("precision", config.precision, config.precision != "f16" or platform != "tpu", "a type of TPUs", "bf16")
+    factor = config.scaling.loss_start
+    power = factor >= 1 and factor & (factor - 1) == 0 and factor <= 2**24
+    require("scaling.loss_start", factor, power, "a power of two from 1 to 2**24", ScalingConfig.loss_start)
+    weights, skip = [name for group in SHARED_INPUTS for name in group], config.scaling.skip
+    require("scaling.skip", skip, set(skip) <= set(weights), f"of {', '.join(weights)}", "a name of these")
+    for group in SHARED_INPUTS:
+        chosen = set(group) & set(skip)
+        together = "all of those with one input, or none"
+        require("scaling.skip", skip, not chosen or chosen == set(group), together, " ".join(group))
     require("seed", config.seed, 0 <= config.seed < 2**31, "at least 0 and below 2**31", 0)
     for name, value in (("loss_spike", config.guard.loss_spike), ("grad_spike", config.guard.grad_spike)):
         name = f"guard.{name}"

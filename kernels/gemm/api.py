@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Shaped
 
-from kernels.choice import choose, choose_kernel
+from kernels.choice import choose, choose_kernel, warn_once
 from kernels.gemm import pallas_tpu, reference, xla
 from kernels.gemm.formats import FORMATS, INT8
 from kernels.gemm.scales import Scaling, block_of
@@ -81,6 +81,8 @@ def scaled_matmul(
     )
     dtypes = (*FORMATS, *DTYPES)
     product = choose_kernel("scaled_matmul", implementation, _SCALED, "x", x.dtype, interpret, dtypes)
+    if x_scales is not None and implementation is None:
+        _say_what_falls_back(x.dtype, scaling)
     with jax.named_scope("scaled_matmul"):
         return product(x, w, x_scales, w_scales, scaling)
 
@@ -92,6 +94,23 @@ def check_shapes(operation: str, x: tuple[int, ...], w: tuple[int, ...], transpo
         raise ValueError(
             f"{operation}: w has shape {list(w)}, expected {expected} for x {list(x)} with "
             f"transposed={transposed}; pass transposed={not transposed} if w is stored the other way round"
+        )
+
+
+def _say_what_falls_back(dtype, scaling):
+    """One sentence where what is multiplied has not the 8 bits that it is held in."""
+    generation, kind = current_generation(), "int8" if dtype == INT8 else "fp8"
+    if generation is not None:
+        where, lacks = f"TPU {generation.name}", not (generation.int8 if dtype == INT8 else generation.fp8)
+    elif jax.default_backend() == "cpu":
+        where, lacks = "XLA on cpu", True
+    else:
+        # What has one scale along k is left to XLA, which may have an instruction for it.
+        where, lacks = f"XLA on {jax.default_backend()}, with scales of blocks,", scaling.depth < scaling.k
+    if lacks:
+        warn_once(
+            f"scaled_matmul: {where} has no product of {kind}: numbers are held in 8 bits and widened to be "
+            "multiplied, which saves bytes and no time"
         )
 
 

@@ -20,8 +20,13 @@ _TINY = float(jnp.finfo(jnp.float32).tiny)
 class Quantized(NamedTuple):
     """A matrix in 8 bits: values times scales."""
 
-    values: Shaped[Array, "rows columns"]
-    scales: Float[Array, "row_blocks column_blocks"]
+    values: Shaped[Array, "*stack rows columns"]
+    scales: Float[Array, "*stack row_blocks column_blocks"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what was rounded."""
+        return self.values.shape
 
 
 class Losses(NamedTuple):
@@ -63,11 +68,11 @@ def quantize(
     else:
         _check_scales(scales, largest)
         used = jnp.where(jnp.isfinite(largest), scales, jnp.nan)
+    # What is multiplied by NaN in the end may be anything here: where scales are given, rounding waits for no maximum.
     if scales is None and it.power_of_two:
-        # What is multiplied by NaN in the end may be anything here.
         scaled = times_powers(x, 1 / jnp.where(jnp.isnan(used), 1.0, used), block)
     else:
-        scaled = x.astype(jnp.float32) / spread(used, x.shape, block)
+        scaled = x.astype(jnp.float32) / spread(used if scales is None else scales, x.shape, block)
     return Quantized(_rounded(scaled, it), used)
 
 

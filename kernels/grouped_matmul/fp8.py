@@ -12,9 +12,8 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from kernels.compat import vary_alike
-from kernels.gemm.formats import E5M2
-from kernels.gemm.fp8 import Fp8, fp8_activations, fp8_weights, side
-from kernels.gemm.quantize import Block, Quantized, quantize, widen
+from kernels.gemm.fp8 import Fp8, fp8_activations, fp8_gradient, fp8_weights, side
+from kernels.gemm.quantize import Block, Quantized, widen
 from kernels.grouped_matmul.api import grouped_matmul
 
 
@@ -55,30 +54,34 @@ def fp8_grouped_matmul(
 
     **Raises** ValueError as `grouped_matmul` does.
     """
-    lhs, rhs = fp8_activations(lhs, block_size), fp8_weights(rhs, block_size)
+    meters = rhs.meters if isinstance(rhs, Fp8) else None
+    block_size = None if meters else block_size
+    lhs, rhs = fp8_activations(lhs, block_size, meters), fp8_weights(rhs, block_size)
     # bf16 and f32 hold scaled fp8; what is narrower is no type of activations.
     settings = _Settings(block_size, lhs.dtype, rhs.dtype, tuple(options.items()))
-    lhs, rhs, group_sizes = vary_alike((lhs, rhs, group_sizes))
+    lhs, rhs, group_sizes = vary_alike((lhs, rhs._replace(meters=None), group_sizes))
     with jax.named_scope("fp8_grouped_matmul"):
-        return _product(lhs, rhs, group_sizes, settings)
+        return _product(lhs, rhs, group_sizes, meters and meters.gradients, settings)
 
 
-def _value(x, w, group_sizes, settings) -> jax.Array:
+def _value(x, w, group_sizes, meter, settings) -> jax.Array:
     return settings.multiply(*settings.wide(Quantized(*x[:2]), Quantized(*w[:2])), group_sizes)
 
 
-_product = jax.custom_vjp(_value, nondiff_argnums=(3,))
+_product = jax.custom_vjp(_value, nondiff_argnums=(4,))
 
 
-def _forward(x, w, group_sizes, settings):
-    return _value(x, w, group_sizes, settings), (Quantized(*x[:2]), Quantized(*w[:2]), group_sizes)
+def _forward(x, w, group_sizes, meter, settings):
+    return _value(x, w, group_sizes, meter, settings), (Quantized(*x[:2]), Quantized(*w[:2]), group_sizes, meter)
 
 
 def _backward(settings, saved, g):
-    x, w, group_sizes = saved
+    x, w, group_sizes, meter = saved
     _, pull = jax.vjp(lambda x, w: settings.multiply(x, w, group_sizes), *settings.wide(x, w))
-    dx, dw = pull(widen(quantize(g, E5M2, settings.row), settings.row, g.dtype))
-    return Fp8(None, None, dx), Fp8(None, None, dw.astype(settings.rhs_dtype)), None  # pyright: ignore[reportArgumentType]
+    rounded, seen = fp8_gradient(g, settings.row, meter)
+    dx, dw = pull(widen(rounded, settings.row, g.dtype))
+    dw = dw.astype(settings.rhs_dtype)
+    return Fp8(None, None, dx), Fp8(None, None, dw), None, seen  # pyright: ignore[reportArgumentType]
 
 
 _product.defvjp(_forward, _backward)

@@ -64,6 +64,12 @@ def test_a_small_step(topology, capsys):
     check(found, *small_weights())
 
 
+def test_the_products_of_fp8_are_counted(capsys):
+    """They are a kernel's, of which the compiler says nothing; key and value are as wide as its blocks here."""
+    found = dry_run(capsys, "v5e:2x4", f"{SMALL} --model.num-kv-heads 2 --precision fp8")["flops_per_token"]
+    assert found["compiler"] == pytest.approx(found["hand"], rel=0.03)
+
+
 def test_flops_grow_with_the_layers(capsys):
     few, many = (dry_run(capsys, "v5e:2x4", f"{SMALL} --model.num-layers {n}")["flops_per_token"] for n in (4, 8))
     grown = many["compiler"] - few["compiler"]

@@ -54,6 +54,17 @@ def test_groups_of_any_size(sizes, transposed):
     check(x.at[3, 5].set(1e4).at[4].set(0), w, g, sizes, transposed)
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_what_is_no_number_stays_in_its_group(value):
+    """And a group of no rows has a gradient of zeros, whatever the others hold."""
+    x, w, sizes = normal(0, (32, 24)).at[3, 5].set(value), normal(1, (3, 24, 16)), jnp.asarray([16, 0, 16])
+    product = functools.partial(kernels.fp8_grouped_matmul, group_sizes=sizes, block_size=SIDE)
+    y, pull = jax.vjp(jax.jit(product), x, w)
+    dx, dw = pull(jnp.ones_like(y))
+    assert np.isnan(y[3]).all() and np.isfinite(np.delete(y, 3, axis=0)).all() and np.isfinite(dx).all()
+    assert np.isnan(dw[0]).any() and (dw[1] == 0).all() and np.isfinite(dw[2]).all()
+
+
 @given(data=st.data())
 @settings(max_examples=10)
 def test_numbers_of_any_magnitude(data):

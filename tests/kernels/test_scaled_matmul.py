@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.gemm import pallas_tpu
+from kernels import choice
+from kernels.gemm import api, pallas_tpu
 from kernels.gemm.blocks import Blocks, scaled_blocks, up
 from kernels.tpu import GENERATIONS
 from tests.kernels import formats64 as exact
@@ -206,9 +207,23 @@ def test_fp8_gradients_of_any_numbers(data):
 
     def matrix(*shape):
         spread = rng.normal(size=shape) * np.exp2(rng.integers(-12, 12, shape) + data.draw(scale))
-        return jnp.asarray(spread * rng.integers(0, 2, shape), jnp.float32)
+        # And one that is beyond f32's normal numbers, and one of 1e4.
+        spread, (small, large) = spread * rng.integers(0, 2, shape), rng.integers(0, spread.size, 2)
+        spread.flat[small], spread.flat[large] = 1e-40, 1e4
+        return jnp.asarray(spread, jnp.float32)
 
     check_gradients(matrix(7, 20), matrix(20, 9), matrix(7, 9), False, 8, implementation="xla")
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_no_number_is_seen_in_its_gradients(value):
+    """In y and dx in its own row and no other; in dw, which is a sum over rows, all that has a part in it."""
+    x, w, g = normal(0, (16, 24)).at[3, 5].set(value), normal(1, (24, 12)), normal(2, (16, 12)).at[6, 2].set(value)
+    found = jax.jit(lambda *a: fp8_and_gradients(*a, block_size=8, implementation="xla"))(x, w, g)
+    y, dx, dw = (np.isnan(found[name]) for name in ("y", "dx", "dw"))
+    assert y[3].all() and not np.delete(y, 3, axis=0).any()
+    assert dx[6].all() and not np.delete(dx, 6, axis=0).any()
+    assert dw[5].all() and dw[:, 2].all()
 
 
 def test_gradients_reach_as_far_as_e5m2():
@@ -246,6 +261,32 @@ def test_what_is_rounded_once_serves_all_its_products():
         (it.shape, it.dtype) for it in jax.tree.leaves(jax.eval_shape(lambda *a: jax.vjp(both, *a)[1], x, weights))
     ]
     assert saved.count(((64, 256), jnp.dtype(jnp.float8_e4m3fn))) == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "block", "said"),
+    [
+        ("cpu", "e4m3", 128, "XLA on cpu has no product of fp8: numbers are held in 8 bits and widened"),
+        ("cpu", "int8", None, "XLA on cpu has no product of int8: "),
+        ("gpu", "e5m2", 128, "XLA on gpu, with scales of blocks, has no product of fp8: "),
+        ("gpu", "e4m3", None, None),
+        ("v3", "e4m3", 128, "TPU v3 has no product of fp8: "),
+        ("v4", "int8", None, "TPU v4 has no product of int8: "),
+        ("v5e", "e4m3", None, None),
+        ("7x", "int8", 128, None),
+    ],
+)
+def test_what_has_no_product_of_8_bits_says_so_once(where, dtype, block, said, monkeypatch, caplog):
+    """And only where nobody chose the implementation."""
+    monkeypatch.setattr(api, "current_generation", lambda: GENERATIONS.get(where))
+    monkeypatch.setattr(jax, "default_backend", lambda: where)
+    choice.warn_once.cache_clear()
+    x, w = (jnp.ones(shape).astype(exact.TYPES[dtype]) for shape in ((8, 256), (256, 16)))
+    scales = (jnp.ones((1, 1)),) * 2 if block is None else (jnp.ones((8, 2)), jnp.ones((2, 1)))
+    for implementation in (None, None, "reference"):
+        jax.eval_shape(functools.partial(api.scaled_matmul, implementation=implementation), x, w, *scales)
+    warned = [it.message for it in caplog.records if it.levelname == "WARNING"]
+    assert len(warned) == (said is not None) and all(it.startswith(f"scaled_matmul: {said}") for it in warned)
 
 
 def test_errors():

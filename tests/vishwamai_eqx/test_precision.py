@@ -12,6 +12,7 @@ from kernels.moe_dispatch.plan import default_alignment, padded_rows
 from tests.small import random_batch, small, worst
 from tests.test_train import run
 from vishwamai_eqx.architecture import abstract, build
+from vishwamai_eqx.config import ScalingConfig
 from vishwamai_eqx.layers import TPUGEMMLinear
 from vishwamai_eqx.mesh import P, gather, make_mesh, place, sum_over
 from vishwamai_eqx.parameters import declarations
@@ -30,7 +31,7 @@ def test_the_weights_of_blocks_may_be_in_fp8_but_the_routers():
 
 def test_a_layer_that_does_not_permit_it_stays_in_the_compute_type():
     linear = TPUGEMMLinear(8, 4, False, use_fp8=False, key=jax.random.key(0))
-    assert isinstance(gather(linear, None, jnp.bfloat16, fp8=True).weight, jax.Array)
+    assert isinstance(gather(linear, None, jnp.bfloat16, fp8=ScalingConfig()).weight, jax.Array)
 
 
 # Shards of 256 rows are whole blocks and cross the wire in bytes, with their scales. Those of 48 are not, and cross it
@@ -41,7 +42,7 @@ def test_weights_are_gathered_in_fp8_and_are_those_of_one_device(width, on_wire)
     x = jax.random.normal(jax.random.key(2), (2, 8, width), jnp.bfloat16)
 
     def loss(linear, x, placement):
-        whole = gather(linear, placement, jnp.bfloat16, fp8=True)
+        whole = gather(linear, placement, jnp.bfloat16, fp8=ScalingConfig())
         weight = jax.lax.stop_gradient(whole.weight[:2])
         return sum_over(jnp.sum(whole(x).astype(jnp.float32) ** 2), "data"), jax.tree.map(lambda a: a[None], weight)
 

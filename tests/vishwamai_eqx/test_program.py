@@ -2,7 +2,8 @@
 
 import pytest
 
-from vishwamai_eqx import program
+from tests.small import small
+from vishwamai_eqx import aot, program
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true
@@ -104,6 +105,19 @@ def test_gathered_arrays_of_a_turn_and_those_around_it_are_there_at_once():
     assert program.read(TEXT, 8, kernel).gathered == 3 * whole
     alone = TEXT.replace("(s32[]{:T(256)}, /*index=1*/bf16[64,32]{1,0}) while", "(s32[]{:T(256)}) while")
     assert program.read(alone, 8, kernel).gathered == 2 * whole
+
+
+def test_the_scaled_product_counts_by_its_shapes():
+    text = """
+ENTRY %main (x: f8e4m3fn[64,256], w: f8e4m3fn[128,256]) -> bf16[64,128] {
+  %x = f8e4m3fn[64,256]{1,0} parameter(0)
+  %w = f8e4m3fn[128,256]{1,0} parameter(1)
+  %s = f32[1,2,128]{2,1,0} copy(%w)
+  ROOT %y = bf16[64,128]{1,0} custom-call(%x, %w, %s), custom_call_target="tpu_custom_call", \
+metadata={op_name="jit(step)/fp8_gemm/scaled_matmul/gemm_scaled/pallas_call"}
+}
+"""
+    assert program.read(text, 1, aot.counter(small(), 64)).flops == 2 * 64 * 256 * 128
 
 
 def test_a_loop_that_does_not_say_how_often_is_refused():

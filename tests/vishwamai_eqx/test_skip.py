@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import train
 from tests.small import random_batch, small
-from vishwamai_eqx import data, nonfinite, optim, skip, state
+from vishwamai_eqx import data, nonfinite, optim, scaling, skip, state
 from vishwamai_eqx.config import GuardConfig
 from vishwamai_eqx.mesh import make_mesh
 from vishwamai_eqx.skip import Skips, Watch
@@ -181,7 +181,8 @@ def test_too_many_in_a_row_and_the_report():
     def metrics(skipped):
         broken = nonfinite.Broken(jnp.zeros(3, int), jnp.zeros(4, int))
         now = Watch(jnp.float32(2.0), jnp.float32(0.5), jnp.int32(50), jnp.int32(skipped))
-        return train.Metrics(*[jnp.float32(9.0)] * 5, jnp.int32(8), None, jnp.uint32([1, 2]), now, broken, None)
+        told = None, scaling.Told(None, None, None)
+        return train.Metrics(*[jnp.float32(9.0)] * 5, jnp.int32(8), None, jnp.uint32([1, 2]), now, broken, *told)
 
     events = []
     skips = Skips(3, lambda kind, message, step: events.append(step))
