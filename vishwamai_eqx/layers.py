@@ -43,7 +43,8 @@ def narrow_product(
     x: Float[Array, "*batch k"], weight: Quantized, transposed: bool, dtype: jnp.dtype
 ) -> Float[Array, "*batch n"]:
     """x W with W held in 8 bits, in `dtype`."""
-    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    # Of f16, which the kernels have not, f32 holds every number.
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]).astype(wide(x.dtype) if x.dtype == jnp.float16 else x.dtype)
     y = kernels.scaled_matmul(flat, weight.values, None, weight.scales, transposed=transposed, dtype=dtype)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 

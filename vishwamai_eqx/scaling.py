@@ -7,6 +7,8 @@ nothing else touches.
     behind it       `after` adds the largest numbers to the history, and halves or doubles the loss' factor;
                     `row` is what the logbook is told
 
+Evaluation and generation, which have no history, take the numbers at hand.
+
 Neither the optimiser nor clipping, decay or accumulation sees any of it: it is no parameter, and of microbatches the
 largest is taken and not the sum. The factor is a power of two, which changes no digit of a gradient in f32; a gradient
 that is not finite under it is skipped like any other (`skip`), and halves it (Mixed Precision Training, 1710.03740).

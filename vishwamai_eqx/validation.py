@@ -120,6 +120,10 @@ def _alone(require: Callable[..., None], config: Config, platform: str | None) -
     factor = config.scaling.loss_start
     power = factor >= 1 and factor & (factor - 1) == 0 and factor <= 2**24
     require("scaling.loss_start", factor, power, "a power of two from 1 to 2**24", ScalingConfig.loss_start)
+    for name in ("fp8", "skip"):
+        value, default = getattr(config.scaling, name), getattr(ScalingConfig, name)
+        holds = config.precision == "fp8" or value == default
+        require(f"scaling.{name}", value, holds, "left alone but in fp8", "--precision fp8 too")
     weights, skip = [name for group in SHARED_INPUTS for name in group], config.scaling.skip
     require("scaling.skip", skip, set(skip) <= set(weights), f"of {', '.join(weights)}", "a name of these")
     for group in SHARED_INPUTS:

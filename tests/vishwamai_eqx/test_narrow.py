@@ -106,3 +106,11 @@ def test_a_gemma():
     far = [jax.nn.log_softmax(it.head(it(tokens)[0])) for it in (decoder, held)]
     assert 0 < float(jnp.abs(far[0] - far[1]).max()) < 0.5
     assert narrow.quantize(decoder, None) is decoder
+
+
+def test_in_f16():
+    linear = narrow.quantize(TPUGEMMLinear(48, 32, False, key=jax.random.key(0)), "int8")
+    x = jax.random.normal(jax.random.key(1), (2, 48), jnp.float16)
+    y = linear(x)
+    assert y.dtype == jnp.float16
+    np.testing.assert_array_equal(y, linear(x.astype(jnp.float32)).astype(jnp.float16))

@@ -23,6 +23,8 @@ from tests.test_train import run
 from vishwamai_eqx import optim, scaling, skip, state
 from vishwamai_eqx.architecture import build
 from vishwamai_eqx.config import PRESETS, SHARED_INPUTS, ScalingConfig
+from vishwamai_eqx.gemma import Decoder
+from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.logbook import connect
 from vishwamai_eqx.mesh import P, make_mesh
 from vishwamai_eqx.state import TrainState
@@ -152,6 +154,29 @@ def test_microbatches_and_meshes_see_the_same(sizes, microbatches):
     assert found.scaled.saturated.weights == 0
 
 
+def test_a_gemmas_layers_are_seen_too():
+    """Those of its period and those after it: what went into each is what flows back."""
+    kinds = ("sliding_attention", "full_attention", "sliding_attention")
+    shape = GemmaConfig("gemma2", 32, 16, 24, 3, 2, 1, 8, layer_types=kinds, sliding_window=4)
+    delayed = config("delayed")
+    model = Decoder(shape, "bfloat16", fp8=delayed.scaling, key=jax.random.key(0))
+    scales = scaling.begin(model, delayed)
+
+    @jax.jit
+    def seen(model, meters):
+        tokens = jnp.arange(1, 9)[None]
+        loss = lambda meters: jnp.sum(model(tokens, meters=meters)[0].astype(jnp.float32) ** 2)  # noqa: E731
+        return jax.grad(loss)(meters)
+
+    found = scaling.after(
+        scales, seen(model, scaling.meters(scales, model, delayed)), jnp.asarray(True), jnp.ones(()), delayed
+    )
+    for stack, of in zip(model.stacks, [*found.largest.period, *found.largest.rest], strict=True):
+        largest = jnp.abs(stack.mlp.down.weight.astype(jnp.bfloat16)).max(axis=(1, 2))
+        np.testing.assert_array_equal(of.mlp.down.weight.weights[:, 0], largest)
+        assert (of.attention.query.weight.inputs[:, 0] > 0).all() and (of.mlp.up.weight.gradients[:, 0] > 0).all()
+
+
 def test_a_step_that_is_not_taken_leaves_the_scales():
     def broken(current):
         return eqx.tree_at(lambda s: s.model.blocks.attention.query.weight, current, replace_fn=lambda w: w * jnp.nan)
@@ -192,6 +217,9 @@ def test_what_is_refused():
     assert refused(history=0)[0].startswith("scaling.history=0 must be at least 1")
     (sentence,) = refused(loss_start=3)
     assert sentence == "scaling.loss_start=3 must be a power of two from 1 to 2**24; take 32768."
+    (one, other) = refused("bf16", fp8="delayed", skip=("out",))
+    assert one == "scaling.fp8='delayed' must be left alone but in fp8; take --precision fp8 too."
+    assert other.startswith("scaling.skip=('out',) must be left alone but in fp8")
     assert refused("f16", "cpu") == refused("bf16", "tpu") == []
     assert refused("f16", "tpu") == ["precision='f16' must be a type of TPUs; take bf16."]
 
