@@ -37,6 +37,7 @@ from vishwamai_eqx import (
     nonfinite,
     optim,
     plan,
+    policy,
     processes,
     run,
     saved_config,
@@ -51,7 +52,7 @@ from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.checkpoint import Checkpoints
 from vishwamai_eqx.config import BATCH_AXES, Config, ProcessesConfig, parse_mesh, to_dict
 from vishwamai_eqx.data import Batch
-from vishwamai_eqx.feed import Feed, place
+from vishwamai_eqx.feed import Feed
 from vishwamai_eqx.guard import Refusals, Signals
 from vishwamai_eqx.logbook import Logbook
 from vishwamai_eqx.loss import cross_entropy
@@ -351,7 +352,7 @@ def train(config: Config, console: Console, started: float, signals: Signals) ->
         task = bar.add_task("", total=steps, completed=first, note="")
         speed, skips = Speed(config, kind, mesh.size), Skips(config.guard.patience, log.event)
         for n, batch in enumerate(feed, first + 1):
-            current, metrics = step(current, batch, *tutor)
+            current, metrics = step(current, policy.own(config.distill, rows, n - 1, current.model, batch), *tutor)
             row = speed(metrics)
             log.step(step=n, data_seconds=feed.waited, step_seconds=clock.lap() - feed.waited, **row)
             watchdog.step(n)
@@ -432,8 +433,8 @@ def replay(config: Config, target: int) -> int:
         current = new_state()
     first = int(current.step)
     for n in range(first, target - 1):
-        current, _ = step(current, place(rows, n, fed, config.optim.microbatches), *tutor)
-    _, metrics = step(current, place(rows, target - 1, fed, config.optim.microbatches), *tutor)
+        current, _ = step(current, policy.batch(config, rows, n, fed, current.model), *tutor)
+    _, metrics = step(current, policy.batch(config, rows, target - 1, fed, current.model), *tutor)
     now = (float(metrics.loss), float(metrics.grad_norm), str(data.BatchHash(metrics.batch)))
     print(f"step {target} done again from step {first} on {mesh.size} {jax.devices()[0].device_kind}")
     for name, here, then in zip(("loss", "gradient norm", "batch"), now, logged[1:], strict=True):

@@ -22,6 +22,7 @@ from vishwamai_eqx import (
     load,
     logbook,
     optim,
+    policy,
     prune,
     run,
     state,
@@ -112,6 +113,40 @@ def test_a_student_with_its_own_tokenizer_learns_of_layers(folder, tmp_path, cap
         rows = [row for (row,) in book.execute("SELECT more FROM steps ORDER BY step").fetchall()]
     assert {"hidden", "attention", "bits_per_byte"} <= rows[0].keys() and rows[0].keys().isdisjoint({"kl", "forward"})
     assert rows[-1]["hidden"] < rows[0]["hidden"] and rows[-1]["attention"] > 0
+
+
+def test_a_student_writes_and_its_teacher_says_what_is_next(folder, tmp_path, capsys):
+    assert train.main(settings(folder, tmp_path / "run", "--steps", "4", "--distill.on-policy", "2")) == 0
+    capsys.readouterr()
+    # From the beginning, since there is no checkpoint before: step 2 is written again.
+    assert train.main(["--run-dir", str(tmp_path / "run"), "--replay", "4"]) == 0
+    assert capsys.readouterr().out.count("agrees bit for bit") == 3
+    config, student = command_line.parse(["--run-dir", str(tmp_path / "run")]), load(tmp_path / "run")
+    rows = teaching.rows(dataset_of(config, student.tokenizer), config)
+    batch, text = policy.written(rows, 1, student.model), rows.student.batch(1)
+    assert not any(np.array_equal(a, b) for a, b in zip(batch.tokens, text.tokens, strict=True))
+    for row in range(len(batch.tokens)):
+        opening = min(8, int((text.segment_ids[row] == 1).sum()))
+        np.testing.assert_array_equal(batch.tokens[row, :opening], text.tokens[row, :opening])
+        written = int(batch.segment_ids[row].sum())
+        np.testing.assert_array_equal(batch.targets[row, : written - 1], batch.tokens[row, 1:written])
+        for token, end in enumerate(batch.places[row].tolist()):
+            if end >= 0:
+                mine = student.tokenizer.decode_bytes(batch.tokens[row, : end + 1])
+                assert mine == rows.teacher.decode_bytes(batch.teacher_tokens[row, : token + 1])
+    assert (batch.places >= 0).sum() > 0.2 * batch.segment_ids.sum()
+
+
+@pytest.mark.slow
+def test_of_its_own_text_a_student_learns_only_what_the_teacher_says(folder, tmp_path):
+    norms = []
+    for weight, every in ((0.5, 1), (0, 1), (0.5, 0), (0, 0)):
+        run_dir = tmp_path / f"{weight}-{every}"
+        more = f"--steps 1 --distill.on-policy {every} --distill.cross-entropy {weight}".split()
+        assert train.main(settings(folder, run_dir, *more)) == 0
+        with logbook.connect(run_dir) as book:
+            norms.append(book.execute("SELECT grad_norm FROM steps").fetchone()[0])
+    assert norms[0] == norms[1] and len(set(norms)) == 3
 
 
 def steps(folder, tmp_path, mesh, microbatches, *terms):

@@ -181,6 +181,8 @@ class DistillConfig:
     """The student's layers, from 1, that are held beside `teacher_layers`; none: the ends of four equal parts."""
     teacher_layers: tuple[int, ...] = ()
     """The teacher's layers, one for each of `student_layers`."""
+    on_policy: int = 0
+    """Each so many steps one learns what the teacher says of text that the student writes; 0: none does."""
     inherit: bool = False
     """Begin with the teacher's embeddings of the student's pieces, in the dimensions in which they differ most."""
     targets: Path | None = None

@@ -77,8 +77,8 @@ def per_token(config: Config) -> float:
 
 
 def of_teacher(config: Config) -> float:
-    """FLOPs of the teacher's forward pass for a token of a row as long as the student's, if there is one."""
-    if config.teacher is None:
+    """FLOPs of the teacher's forward pass for a token of a row as long as the student's, if it is asked."""
+    if config.teacher is None or config.distill.targets is not None:
         return 0.0
     theirs = teacher.configuration(config.teacher)
     model = dataclasses.replace(theirs.model, max_seq_len=config.model.max_seq_len)

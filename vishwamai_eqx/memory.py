@@ -86,7 +86,7 @@ def estimate(config: Config, sizes: dict[str, int]) -> Memory:
 
 
 def _of_teacher(config: Config, sizes: dict[str, int], wide: int) -> int:
-    if config.teacher is None:
+    if config.teacher is None or config.distill.targets is not None:
         return 0
     theirs = shards(teacher.configuration(config.teacher), sizes)
     return wide * (theirs.parameters + theirs.layer + theirs.embedding)

@@ -4,7 +4,6 @@ Each segment is tokenized for the teacher by itself, `<bos>` before it: where a 
 between two pieces, and the teacher reads what the student reads. The two are aligned by the bytes that they have read.
 """
 
-import codecs
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -68,15 +67,21 @@ class Pairs:
         return PairedBatch(*batch, *fields)
 
     def _read(self, texts: list[bytes]) -> list[Int32[np.ndarray, "_"]]:
-        """`<bos>` and the teacher's tokens of each text, which may begin and end inside a character."""
-        ends = [next((at for at, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text)) for text in texts]
-        whole = [codecs.utf_8_decode(text[end:], "strict", False) for text, end in zip(texts, ends, strict=True)]
-        encoded = self.teacher.encode_batch([text for text, _ in whole])
+        """`<bos>` and the teacher's tokens of each text.
+
+        It may begin and end inside a character, and one that a student wrote may have any bytes in it: what is part of
+        no character is read byte by byte.
+        """
+        cut = [_characters(text) for text in texts]
+        encoded = iter(self.teacher.encode_batch([part for parts in cut for part in parts if isinstance(part, str)]))
         return [
             np.concatenate(
-                [[self.teacher.bos_id], self._bytes[list(text[:end])], ids, self._bytes[list(text[end + size :])]]
+                [
+                    [self.teacher.bos_id],
+                    *(next(encoded) if isinstance(part, str) else self._bytes[list(part)] for part in parts),
+                ]
             ).astype(np.int32)
-            for text, end, ids, (_, size) in zip(texts, ends, encoded, whole, strict=True)
+            for parts in cut
         ]
 
     @cached_property
@@ -97,6 +102,20 @@ def aligned(student: Int[np.ndarray, "pieces"], teacher: Int[np.ndarray, "tokens
     mine, theirs = np.cumsum(student), np.cumsum(teacher)
     found = np.searchsorted(mine, theirs)
     return np.where(mine[np.minimum(found, len(mine) - 1)] == theirs, found, -1)
+
+
+def _characters(text: bytes) -> list[str | bytes]:
+    """The text in stretches of whole characters and, between them, of bytes that are of none."""
+    parts: list[str | bytes] = []
+    while text:
+        try:
+            parts.append(text.decode())
+            break
+        except UnicodeDecodeError as error:
+            parts += [text[: error.start].decode()] if error.start else []
+            parts.append(text[error.start : error.end])
+            text = text[error.end :]
+    return parts
 
 
 def _lengths(

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from vishwamai_eqx import relations, teacher
+from vishwamai_eqx import policy, relations, teacher
 from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.config import BATCH_AXES, Config, DistillConfig
 from vishwamai_eqx.data import Batch, Dataset, DrawnBatch, PairedBatch
@@ -75,6 +75,8 @@ class Lesson(NamedTuple):
     """How many of the step's have a target."""
     bits: Float[Array, ""]
     """A byte's share of a nat a token."""
+    cross_entropy: Float[Array, ""]
+    """The weight of the text itself: none where the student wrote it."""
     pairs: list[tuple[int, int]]
     """The student's and the teacher's layers that are held beside each other."""
 
@@ -187,15 +189,16 @@ def begin(
     places, tokens, in_bytes = (
         sum_over(each.sum(dtype=jnp.float32), *BATCH_AXES) for each in (known(batch), real, read)
     )
-    progress = step / max(config.optim.steps - 1, 1)
+    progress = (step / max(config.optim.steps - 1, 1)).astype(jnp.float32)
     pairs = layer_pairs(config.distill, config.model.num_layers, teacher.configuration(config.teacher).model.num_layers)
     return Lesson(
         tutor[0],
         specs[0],
         config.distill,
-        progress.astype(jnp.float32),
+        progress,
         jnp.maximum(places, 1),
         tokens / (math.log(2) * jnp.maximum(in_bytes, 1)),
+        jnp.where(policy.writes(config.distill, step), 0, scheduled(config.distill.cross_entropy, progress)),
         pairs,
     )
 
@@ -218,7 +221,7 @@ def objective(
         return nll, None, metrics
     distill, tutor, specs = lesson.distill, lesson.tutor, lesson.specs
     bits_per_byte = nll * lesson.bits
-    total, terms, closeness = scheduled(distill.cross_entropy, lesson.progress) * nll, None, None
+    total, terms, closeness = lesson.cross_entropy * nll, None, None
     if isinstance(batch, DrawnBatch):
         with jax.named_scope("divergences"):
             found = of_draws(model, placement, hidden, batch, scheduled(distill.forward, lesson.progress))

@@ -230,6 +230,10 @@ def _of_teacher(require: Callable[..., None], config: Config, their: Config) -> 
         require("distill.relation_heads", heads, heads in common, constraint, closest(common, heads))
         last = layer_pairs(distill, config.model.num_layers, their.model.num_layers)[-1]
         require("distill.attention", distill.attention, min(last) > 1, "0 where the last of the layers is the first", 0)
+    steps = distill.on_policy
+    require("distill.on_policy", steps, steps >= 0, "at least 0", 0)
+    holds = distill.targets is None or steps == 0
+    require("distill.on_policy", steps, holds, "0 with distill.targets, of texts that are there before", 0)
     drawn = ("reverse", "jensen_shannon", "hidden", "attention") if distill.targets is not None else ()
     for name in drawn:
         values = getattr(distill, name)

@@ -127,6 +127,15 @@ def test_a_student_with_its_own_tokenizer_meets_the_teacher_where_bytes_do(corpu
     assert 0.2 < np.mean(met) < 1
 
 
+def test_what_is_no_text_is_read_byte_by_byte(refined):
+    teacher = refined.teacher
+    texts = [b"alpha \xbbbeta\xff\xfe \xc3\xbcn\xc3", b"", b"\x80", b"\xed\xa0\x80gamma", "漢字".encode()[1:5]]
+    for text, ids in zip(texts, refined._read(texts), strict=True):
+        assert ids[0] == teacher.bos_id and teacher.decode_bytes(ids[1:]) == text
+    (whole,) = refined._read([b"alpha beta"])
+    np.testing.assert_array_equal(whole[1:], teacher.encode_ids("alpha beta"))
+
+
 def test_alignment_by_bytes():
     np.testing.assert_array_equal(aligned(np.array([0, 2, 1, 3]), np.array([0, 3, 3])), [0, 2, 3])
     np.testing.assert_array_equal(aligned(np.array([2, 1, 3]), np.array([0, 1, 1, 2, 2])), [-1, -1, 0, -1, 2])
