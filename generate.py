@@ -80,6 +80,13 @@ class Settings:
     """Give the log-probability of each token too, in JSON."""
     json: bool = False
     """Print one JSON object, with the tokens and the speed, when all is written."""
+    dry_run: bool = False
+    """Write nothing: compile for TPUs that are not there, and say what memory and bytes a token it would take. --model
+    may be a preset or the name of a Gemma."""
+    topology: str = "v5e:2x4"
+    """Of a dry run."""
+    length: int = 2048
+    """Tokens of its rows."""
 
 
 class Writer(NamedTuple):
@@ -243,12 +250,23 @@ def converse(settings: Settings, sampling: Sampling, writer: Writer) -> None:
         said = ids + answer.tokens
 
 
+def plan(settings: Settings) -> int:
+    """Say what generation would be on a topology; the exit code: 0, or 3 where it does not fit."""
+    # Only a dry run looks for the TPU compiler.
+    from vishwamai_eqx import dry_run, generation_plan
+
+    model = str(settings.run_dir if settings.model is None else settings.model)
+    report = generation_plan.examine(model, settings.topology, settings.length)
+    print(json.dumps(report) if settings.json else generation_plan.text(report))
+    return dry_run.FITS if report["fits"] else dry_run.TOO_BIG
+
+
 def checked(settings: Settings) -> Sampling:
     """How to draw; ValueError with a line for each setting that is impossible."""
     mistakes = []
     # Each row has a cache of its own.
     limits = ("num_samples", 1, 4096), ("max_new_tokens", 1, 2**31 - 1), ("seed", 0, 2**31 - 1), ("rows", 1, 4096)
-    for name, least, most in (*limits, ("lookup", 0, 64)):
+    for name, least, most in (*limits, ("lookup", 0, 64), ("length", 16, 2**31 - 1)):
         if not least <= (value := getattr(settings, name)) <= most:
             nearest = least if value < least else most
             mistakes.append(f"{name}={value} must be at least {least} and at most {most}; take {nearest}.")
@@ -279,6 +297,8 @@ def main(argv: list[str]) -> int:
     try:
         settings = command_line.parse_settings(Settings, argv, Settings(), __doc__)
         sampling = checked(settings)
+        if settings.dry_run:
+            return plan(settings)
         if settings.prompts is not None:
             return batch(settings, sampling)
         write = converse if settings.chat else generate

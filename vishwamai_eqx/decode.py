@@ -117,6 +117,21 @@ class Orders(NamedTuple):
     """Tokens that may be drawn; those that pad the vocabulary follow."""
 
 
+class Guide(NamedTuple):
+    """A smaller model that drafts, and what its vocabulary has to do with the model's own: see `draft`.
+
+    It drafts only tokens that are one piece of its own, and reads others piece by piece (2502.05202).
+    """
+
+    model: CachedModel
+    pieces: Int[Any, "vocab most"]
+    """Each token in the guide's pieces."""
+    counts: Int[Any, "vocab"]
+    """How many they are."""
+    kept: Int[Any, "pieces"]
+    """The token that each of its pieces is."""
+
+
 class Written(NamedTuple):
     """Tokens by step; a step with drafts may write several."""
 
@@ -131,11 +146,13 @@ class Written(NamedTuple):
 def new_rows(model: CachedModel, *, at: Where, rows: int, length: int, slack: int) -> Rows:
     """`rows` rows that have read nothing."""
 
-    def make(model: CachedModel) -> Rows:
-        made = _empty(model, rows // size(*BATCH_AXES), length, slack)
-        return jax.tree.map(lambda leaf, spec: vary(leaf, *_axes(spec)), made, _specs(made, at))
+    vocab = _vocab(model)
 
-    out = _specs(jax.eval_shape(lambda model: _empty(model, rows, length, slack), model), at)
+    def make(model: CachedModel) -> Rows:
+        made = _empty(model, vocab, rows // size(*BATCH_AXES), length, slack)
+        return jax.tree.map(lambda leaf, spec: vary(leaf, *_axes(spec)), made, specs_of(made, at))
+
+    out = specs_of(jax.eval_shape(lambda model: _empty(model, vocab, rows, length, slack), model), at)
     return jax.shard_map(make, mesh=at.mesh, in_specs=(_model(model, at),), out_specs=out)(model)
 
 
@@ -143,12 +160,14 @@ def new_rows(model: CachedModel, *, at: Where, rows: int, length: int, slack: in
 def grow(model: CachedModel, rows: Rows, *, at: Where, length: int, slack: int) -> Rows:
     """The same rows in a cache for longer ones."""
 
+    vocab = _vocab(model)
+
     def copy(model: CachedModel, rows: Rows) -> Rows:
-        longer = _empty(model, rows.text.shape[0], length, slack)
+        longer = _empty(model, vocab, rows.text.shape[0], length, slack)
         return kv_cache.grown(rows, longer)
 
-    out = _specs(jax.eval_shape(lambda model: _empty(model, rows.text.shape[0], length, slack), model), at)
-    specs = _model(model, at), _specs(rows, at)
+    out = specs_of(jax.eval_shape(lambda model: _empty(model, vocab, rows.text.shape[0], length, slack), model), at)
+    specs = _model(model, at), specs_of(rows, at)
     return jax.shard_map(copy, mesh=at.mesh, in_specs=specs, out_specs=out)(model, rows)
 
 
@@ -179,95 +198,156 @@ def prefill(model: CachedModel, rows: Rows, chunk: Chunk, *, at: Where) -> Rows:
         )
 
     placement = _model(model, at)
-    specs = _specs(rows, at)
+    specs = specs_of(rows, at)
     sharded = jax.shard_map(read, mesh=at.mesh, in_specs=(placement, specs, P()), out_specs=specs)
     return sharded(model, rows, chunk)
 
 
-@functools.partial(jax.jit, static_argnames=("at", "drafts", "steps"), donate_argnums=1)
+@functools.partial(jax.jit, static_argnames=("at", "drafts", "steps", "guide_at"), donate_argnums=(1, 3))
 def write(
-    model: CachedModel, rows: Rows, orders: Orders, *, at: Where, drafts: int = 0, steps: int = STRIDE
-) -> tuple[Rows, Written]:
-    """The rows after some steps, and what was written.
+    model: CachedModel,
+    rows: Rows,
+    guide: Guide | None,
+    guided: Rows | None,
+    orders: Orders,
+    *,
+    at: Where,
+    guide_at: Where | None = None,
+    drafts: int = 0,
+    steps: int = STRIDE,
+) -> tuple[Rows, Rows | None, Written]:
+    """The rows, and a guide's, after some steps, and what was written.
 
-    A step draws a token and reads it. With `drafts` it reads as many more behind it, which `lookup.propose` takes from
-    what the row has, and keeps those that are what it would have drawn (2211.17192, with the draws' noise shared as in
-    2408.07978): the text is the same, whatever the drafts are.
+    A step draws a token and reads it. With `drafts` it reads as many more behind it, of the guide's, or which
+    `lookup.propose` takes from what the row has, and keeps those that are what it would have drawn (2211.17192, with
+    the noise of the draws shared as in 2408.07978): the text is the same, whatever the drafts are.
     """
-    placement = _model(model, at)
 
-    def step(model: CachedModel, orders: Orders, carry: tuple[Rows, Array, Array]) -> tuple[Any, Written]:
-        rows, left, done = carry
-        lengths, text, batch = rows.cache.lengths, rows.text, jnp.arange(len(left))
-        active = left > 0
+    def step(operands: _Operands, carry: tuple[Rows, Rows | None, Array, Array]) -> tuple[Any, Written]:
+        model, guide, orders = operands
+        rows, guided, left, done = carry
+        lengths, active = rows.cache.lengths, left > 0
 
-        def draw(logits: Array, text: Array, more: int) -> tuple[Array, Array, Array]:
-            """The token that is `more` further on, what the model says of all, and whether it is free."""
-            drawn, said = sampling.draw(orders.settings, logits, text, lengths + more, orders.pieces)
-            forced = jnp.take_along_axis(orders.forced, (done + more)[:, None], axis=1, mode="clip")[:, 0]
-            return jnp.where(forced < 0, drawn, forced), said, forced < 0
+        def draw(logits: Array, text: Array, first: int) -> tuple[Array, Array]:
+            """Tokens from logits [batch, n, vocab], the first of them `first` further on, and what the model says."""
+            batch, n, vocab = logits.shape
+            ahead = first + jnp.arange(n)
+            settings, rows_text = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), (orders.settings, text))
+            position = (lengths[:, None] + ahead).reshape(-1)
+            drawn, said = sampling.draw(settings, logits.reshape(-1, vocab), rows_text, position, orders.pieces)
+            forced = jnp.take_along_axis(orders.forced, done[:, None] + ahead, axis=1, mode="clip")
+            token = jnp.where(forced < 0, drawn.reshape(batch, n), forced)
+            return max_over(token, "model"), said.reshape(logits.shape)
 
-        def gathered(logits: Array) -> Array:
-            names = bound("model")
-            return jax.lax.all_gather(logits, names, axis=logits.ndim - 1, tiled=True) if names else logits
+        def append(text: Array, tokens: Array, first: int) -> Array:
+            place = lengths[:, None] + first + jnp.arange(tokens.shape[1])
+            place = jnp.where(active[:, None], place, text.shape[1])
+            return text.at[jnp.arange(len(text))[:, None], place].set(tokens, mode="drop")
 
-        def append(text: Array, token: Array, more: int) -> Array:
-            place = jnp.where(active, lengths + more, text.shape[1])
-            return text.at[batch, place].set(token, mode="drop")
+        token, said = draw(_gathered(rows.logits)[:, None], rows.text, 0)
+        text, tokens = append(rows.text, token, 0), token
+        before = jnp.zeros_like(lengths) if guided is None else guided.cache.lengths
+        if guide is not None and guided is not None:
+            pieces, counts = guide.pieces[token[:, 0]], guide.counts[token[:, 0]]
+            for ahead in range(1, drafts + 2):
+                there = (jnp.arange(pieces.shape[1]) < counts[:, None]) & active[:, None]
+                placement = _model(guide.model, guide_at)
+                hidden, cache, _ = guide.model(
+                    pieces, segment_ids=there.astype(jnp.int32), cache=guided.cache, placement=placement
+                )
+                guided = Rows(cache, guided.text, guided.logits)
+                if ahead <= drafts:
+                    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+                    of_pieces = _gathered(guide.model.head(last, placement))[:, : len(guide.kept)]
+                    logits = jnp.full_like(said[:, 0], -jnp.inf).at[:, guide.kept].set(of_pieces, mode="drop")
+                    # With the same noise, so that it says the same as often as it can.
+                    drawn, _ = draw(logits[:, None], text, ahead)
+                    text, tokens = append(text, drawn, ahead), jnp.concatenate([tokens, drawn], axis=1)
+                    pieces, counts = guide.pieces[drawn[:, 0]][:, :1], jnp.minimum(guide.counts[drawn[:, 0]], 1)
+        elif drafts:
+            proposed = lookup.propose(text, lengths + 1, drafts)
+            forced = jnp.take_along_axis(orders.forced, done[:, None] + 1 + jnp.arange(drafts), axis=1, mode="clip")
+            proposed = jnp.where(forced < 0, proposed, forced)
+            text, tokens = append(text, proposed, 1), jnp.concatenate([tokens, proposed], axis=1)
 
-        token, said, _ = draw(gathered(rows.logits), text, 0)
-        token = max_over(token, "model")
-        text = append(text, token, 0)
-        tokens, logprobs = [token], [jnp.take_along_axis(said, token[:, None], axis=1)[:, 0]]
-        proposed = lookup.propose(text, lengths + 1, drafts)
-        for more in range(1, drafts + 1):
-            forced = jnp.take_along_axis(orders.forced, (done + more)[:, None], axis=1, mode="clip")[:, 0]
-            tokens.append(jnp.where(forced < 0, proposed[:, more - 1], forced))
-            text = append(text, tokens[-1], more)
-        read = jnp.stack(tokens, axis=1)
-        segment_ids = jnp.broadcast_to(active[:, None], read.shape).astype(jnp.int32)
-        hidden, cache, _ = model(read, segment_ids=segment_ids, cache=rows.cache, placement=placement)
+        segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+        placement = _model(model, at)
+        hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=rows.cache, placement=placement)
         logits = model.head(hidden, placement)
-        # How many of the drafts are what would have been drawn.
-        accepted, good = jnp.zeros_like(left), active
-        whole = gathered(logits) if drafts else logits
-        for more in range(1, drafts + 1):
-            again, said, _ = draw(whole[:, more - 1], text, more)
-            again = max_over(again, "model")
-            good = good & (again == tokens[more]) & (tokens[more - 1] != orders.eos) & (more < left)
-            accepted += good
-            logprobs.append(jnp.take_along_axis(said, tokens[more][:, None], axis=1)[:, 0])
+        accepted = jnp.zeros_like(left)
+        if drafts:
+            # How many of the drafts are what would have been drawn.
+            again, more_said = draw(_gathered(logits[:, :-1]), text, 1)
+            good = (again == tokens[:, 1:]) & (tokens[:, :-1] != orders.eos) & (1 + jnp.arange(drafts) < left[:, None])
+            if guide is not None:
+                # What is several pieces to the guide, it has not read as such.
+                good = good & (guide.counts[tokens[:, 1:]] == 1)
+            accepted = jnp.cumprod(good, axis=1).sum(axis=1, dtype=jnp.int32)
+            said = jnp.concatenate([said, more_said], axis=1)
+        logprobs = max_over(jnp.take_along_axis(said, tokens[:, :, None], axis=2)[:, :, 0], "model")
         count = jnp.where(active, 1 + accepted, 0)
         after = jnp.take_along_axis(logits, accepted[:, None, None], axis=1)[:, 0]
-        ended = jnp.any((read == orders.eos) & (jnp.arange(drafts + 1) < count[:, None]), axis=1)
+        ended = jnp.any((tokens == orders.eos) & (jnp.arange(drafts + 1) < count[:, None]), axis=1)
         rows = Rows(kv_cache.rewound(cache, lengths + count), text, jnp.where(active[:, None], after, rows.logits))
-        said = max_over(jnp.stack(logprobs, axis=1), "model")
-        return (rows, jnp.where(ended, 0, left - count), done + count), Written(read, said, count)
+        if guide is not None and guided is not None:
+            known = before + jnp.where(active, guide.counts[tokens[:, 0]] + accepted, 0)
+            guided = Rows(kv_cache.rewound(guided.cache, known), guided.text, guided.logits)
+        return (rows, guided, jnp.where(ended, 0, left - count), done + count), Written(tokens, logprobs, count)
 
-    def loop(model: CachedModel, rows: Rows, orders: Orders) -> tuple[Rows, Written]:
+    def loop(
+        model: CachedModel, rows: Rows, guide: Guide | None, guided: Rows | None, orders: Orders
+    ) -> tuple[Rows, Rows | None, Written]:
         orders = orders._replace(settings=_own(orders.settings), left=_own(orders.left), forced=_own(orders.forced))
-        carry = rows, orders.left, jnp.zeros_like(orders.left)
-        (rows, _, _), written = jax.lax.scan(lambda carry, _: step(model, orders, carry), carry, length=steps)
-        return rows, written
+        operands = _Operands(model, guide, orders)
+        carry = rows, guided, orders.left, jnp.zeros_like(orders.left)
+        (rows, guided, _, _), written = jax.lax.scan(lambda carry, _: step(operands, carry), carry, length=steps)
+        return rows, guided, written
 
-    specs = _specs(rows, at)
-    out = specs, on_mesh(P(None, BATCH_AXES), at.mesh)
-    return jax.shard_map(loop, mesh=at.mesh, in_specs=(placement, specs, P()), out_specs=out)(model, rows, orders)
+    specs, guided_specs, guide_specs = specs_of(rows, at), None, None
+    if guide is not None:
+        guide_specs = guide._replace(model=_model(guide.model, guide_at), pieces=P(), counts=P(), kept=P())
+        guided_specs = specs_of(guided, guide_at)
+    out = specs, guided_specs, on_mesh(P(None, BATCH_AXES), at.mesh)
+    ins = _model(model, at), specs, guide_specs, guided_specs, P()
+    sharded = jax.shard_map(loop, mesh=at.mesh, in_specs=ins, out_specs=out)
+    return sharded(model, rows, guide, guided, orders)
 
 
-def _empty(model: CachedModel, rows: int, length: int, slack: int) -> Rows:
-    vocab = model.head_weight.weight.shape[0]
+class _Operands(NamedTuple):
+    """What steps take and do not change."""
+
+    model: CachedModel
+    guide: Guide | None
+    orders: Orders
+
+
+def _gathered(logits: Float[Array, "*batch part"]) -> Float[Array, "*batch vocab"]:
+    """Logits of the whole vocabulary."""
+    names = bound("model")
+    return jax.lax.all_gather(logits, names, axis=logits.ndim - 1, tiled=True) if names else logits
+
+
+def _vocab(model: CachedModel) -> int:
+    """Rows of the head on all devices together; inside `shard_map` it has those that it holds."""
+    return model.head_weight.weight.shape[0]
+
+
+def _empty(model: CachedModel, vocab: int, rows: int, length: int, slack: int) -> Rows:
     cache, text = model.new_cache(rows, length, slack), jnp.zeros((rows, length), jnp.int32)
-    return Rows(cache, text, jnp.zeros((rows, vocab), jnp.float32))
+    return Rows(cache, text, jnp.zeros((rows, vocab // size("model")), jnp.float32))
 
 
-def _model(model: CachedModel, at: Where) -> Any:
+def _model(model: CachedModel, at: Where | None) -> Any:
     """A tree like the model of where its arrays lie."""
+    assert at is not None
     return jax.tree.unflatten(jax.tree.structure(model), at.specs)
 
 
-def _specs(rows: Rows, at: Where) -> Any:
+def specs_of(rows: Rows | None, at: Where | None) -> Any:
     """A tree like the rows of where its arrays lie."""
+
+    assert at is not None
+    mesh = at.mesh
 
     def spec(path: Any, leaf: Any) -> PartitionSpec:
         if path[-1].name == "logits":
@@ -275,7 +355,7 @@ def _specs(rows: Rows, at: Where) -> Any:
         # Of keys and values, rows come after layers, and heads after rows.
         return P(BATCH_AXES) if len(leaf.shape) < 3 else P(None, BATCH_AXES, "model")
 
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: on_mesh(spec(path, leaf), at.mesh), rows)
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: on_mesh(spec(path, leaf), mesh), rows)
 
 
 def _axes(spec: PartitionSpec) -> tuple[str, ...]:

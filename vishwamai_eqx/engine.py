@@ -22,7 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vishwamai_eqx import decode, kv_cache
-from vishwamai_eqx.decode import STRIDE, CachedModel, Chunk, Orders
+from vishwamai_eqx.decode import STRIDE, CachedModel, Chunk, Guide, Orders, Rows, Where
 from vishwamai_eqx.sampling import DEFAULT, Sampling, seeded, settings_of
 from vishwamai_eqx.stopping import Decodes, Text
 
@@ -124,8 +124,9 @@ class Engine:
 
     `eos_id` ends a row and is not among its tokens. `max_length` is the context that the model was trained for.
     `pieces` are the ids that the tokenizer has; those that pad the vocabulary are never drawn. A `tokenizer` makes text
-    of the tokens, which stop strings need. With `drafts` each step tries as many tokens of what the row already has:
-    see `decode.write`. The model's arrays are used where they lie, and never copied.
+    of the tokens, which stop strings need. With `drafts` each step tries as many tokens of what the row already has, or
+    of a `guide`, which lies on the same mesh: see `decode.write`. The models' arrays are used where they lie, and are
+    never copied.
     """
 
     def __init__(
@@ -140,6 +141,7 @@ class Engine:
         chunk: int = CHUNK,
         stride: int = STRIDE,
         drafts: int = 0,
+        guide: Guide | None = None,
     ):
         self.model, self.at, self.tokenizer = model, decode.where(model), tokenizer
         self.eos_id, self.max_length = eos_id, max_length
@@ -150,7 +152,13 @@ class Engine:
         self.slack = stride * (drafts + 1) + drafts + 1
         self.per_shard = -(-slots // self.at.shards)
         self.slots = [_Slot() for _ in range(self.per_shard * self.at.shards)]
-        self.length, self.rows = 0, None
+        self.length = 0
+        self.rows: Rows | None = None
+        self.guide = guide
+        self.guided: Rows | None = None
+        self.guide_at = None if guide is None else decode.where(guide.model)
+        self.most = 1 if guide is None else guide.pieces.shape[1]
+        self.counts = None if guide is None else np.asarray(guide.counts)
         self.waiting: list[_Row] = []
         self.submitted = self.ticks = self.read = self.written = self.steps = 0
 
@@ -273,7 +281,13 @@ class Engine:
     def ring(self) -> int | None:
         """Slots of the shortest ring that this model's caches ever have."""
         longest = jax.eval_shape(lambda: self.model.new_cache(1, 2**30, self.slack))
-        return kv_cache.shortest_ring(longest)
+        rings = [kv_cache.shortest_ring(longest)]
+        if (guide := self.guide) is not None:
+            ring = kv_cache.shortest_ring(
+                jax.eval_shape(lambda: guide.model.new_cache(1, 2**30, self.slack * self.most))
+            )
+            rings.append(ring and ring // self.most)
+        return min((ring for ring in rings if ring), default=None)
 
     def _worth_waiting(self, prompt: Sequence[int], found: int) -> bool:
         """Whether a row that is being read will have much more of the prompt than what there is to follow."""
@@ -306,6 +320,7 @@ class Engine:
         source, start, row, new = (np.zeros(size, np.int32) for _ in range(4))
         tokens = np.zeros((size, seq), np.int32)
         row[:] = self.per_shard
+        before: list[list[int]] = [[] for _ in range(size)]
         for shard, chosen in enumerate(shards):
             for at, i in enumerate(chosen, shard * pieces):
                 slot = self.slots[i]
@@ -313,12 +328,29 @@ class Engine:
                 follows = i if slot.source is None else slot.source
                 known = slot.held if slot.source is None else self.slots[follows].held[: slot.start]
                 piece = list(slot.row.request.prompt[len(known) : len(known) + wanted[i]])
+                before[at] = known
                 source[at], start[at], row[at] = follows % self.per_shard, len(known), i % self.per_shard
                 tokens[at, : len(piece)], new[at] = piece, len(piece)
                 slot.held, slot.source = known + piece, None
                 self.read += len(piece)
-        self.rows = decode.prefill(self.model, self.rows, Chunk(source, start, row, tokens, new), at=self.at)
+        chunk = Chunk(source, start, row, tokens, new)
+        self.rows = decode.prefill(self.model, self.rows, chunk, at=self.at)
+        if self.guide is not None:
+            chunk = self._in_pieces(chunk, before)
+            self.guided = decode.prefill(self.guide.model, self.guided, chunk, at=self.guide_at)
         return tokens.size
+
+    def _in_pieces(self, chunk: Chunk, before: list[list[int]]) -> Chunk:
+        """What the guide is to read, given what comes before each piece of a prompt."""
+        assert self.guide is not None and self.counts is not None
+        pieces, offset = np.asarray(self.guide.pieces), np.arange(self.most)
+        read = [tokens[:new] for tokens, new in zip(chunk.tokens, chunk.new, strict=True)]
+        own = [pieces[tokens][offset < self.counts[tokens][:, None]] for tokens in read]
+        tokens = np.zeros((len(own), bucket(max(map(len, own)))), np.int32)
+        for row, ids in zip(tokens, own, strict=True):
+            row[: len(ids)] = ids
+        start = np.array([self.counts[known].sum() for known in before], np.int32)
+        return chunk._replace(start=start, tokens=tokens, new=np.array([len(ids) for ids in own], np.int32))
 
     def _number(self, i: int) -> int:
         row = self.slots[i].row
@@ -353,8 +385,10 @@ class Engine:
             np.int32(self.eos_id),
             np.int32(self.pieces),
         )
-        self.rows, written = decode.write(
-            self.model, self.rows, orders, at=self.at, drafts=self.drafts, steps=self.stride
+        assert self.rows is not None
+        options = {"at": self.at, "guide_at": self.guide_at, "drafts": self.drafts, "steps": self.stride}
+        self.rows, self.guided, written = decode.write(
+            self.model, self.rows, self.guide, self.guided, orders, **options
         )
         # Of several processes each has some rows, and tells the others.
         tokens, logprobs, counts = (multihost_utils.process_allgather(each, tiled=True) for each in written)
@@ -390,16 +424,23 @@ class Engine:
         slot.row = slot.source = None
 
     def _make_room(self, tokens: int) -> None:
-        """A cache of rows that long; a row at its end still has a place for what is not written."""
+        """Caches of rows that long; a row at its end still has a place for what is not written."""
         length = bucket(tokens + 1)
         if length <= self.length:
             return
-        sizes = {"length": length, "slack": self.slack, "at": self.at}
-        if self.rows is None:
-            self.rows = decode.new_rows(self.model, rows=len(self.slots), **sizes)
-        else:
-            self.rows = decode.grow(self.model, self.rows, **sizes)
+        self.rows = self._longer(self.model, self.rows, self.at, length, self.slack)
+        if self.guide is not None:
+            # Most tokens are few pieces; past the end of its rows a guide reads nothing more, and drafts worse.
+            longer = length * min(2, self.most)
+            assert self.guide_at is not None
+            slack = self.slack * self.most
+            self.guided = self._longer(self.guide.model, self.guided, self.guide_at, longer, slack)
         self.length = length
+
+    def _longer(self, model: CachedModel, rows: Rows | None, at: Where, length: int, slack: int) -> Rows:
+        if rows is None:
+            return decode.new_rows(model, at=at, rows=len(self.slots), length=length, slack=slack)
+        return decode.grow(model, rows, at=at, length=length, slack=slack)
 
     def _shard(self, i: int) -> int:
         return i // self.per_shard

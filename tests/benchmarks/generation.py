@@ -59,29 +59,30 @@ def best(run, rounds):
 
 
 def products(model, batch):
-    """The products of all the weights with vectors that depend on each other, and nothing else."""
-    layers = model.period[0]
+    """The products of all the weights, each a matrix of its own, with vectors that depend on each other; no more."""
+    (layers,) = model.period
     attention, mlp = layers.attention, layers.mlp
     linears = [attention.query, attention.key, attention.value, attention.out, mlp.gate, mlp.up, mlp.down]
+    weights = [[jnp.array(layer) for layer in linear.weight] for linear in linears]
 
     @jax.jit
     def run(weights, head, x):
         def layer(x, weights):
             q, k, v, out, gate, up, down = (
-                lambda x, w=w, l=l: x @ (w.T if l.transposed else w) for w, l in zip(weights, linears, strict=True)
+                lambda x, w=w, flip=linear.transposed: x @ (w.T if flip else w)
+                for w, linear in zip(weights, linears, strict=True)
             )
             x = x + out(q(x)) + jnp.sum(k(x)) + jnp.sum(v(x))
-            return x + down(gate(x) * up(x)), None
+            return x + down(gate(x) * up(x))
 
         def step(x, _):
-            x, _ = jax.lax.scan(layer, x, weights)
+            for each in zip(*weights, strict=True):
+                x = layer(x, each)
             x = x / (1 + jnp.abs(x).max())
-            logits = x @ head.T
-            return x + logits.max(axis=-1, keepdims=True) * 1e-6, None
+            return x + (x @ head.T).max(axis=-1, keepdims=True) * 1e-6, None
 
         return jax.lax.scan(step, x, length=decode.STRIDE)[0]
 
-    weights = [linear.weight for linear in linears]
     return lambda: run(weights, model.embedding.weight, jnp.ones((batch, model.config.hidden_size)))
 
 
@@ -120,8 +121,8 @@ def main():
             our_times.append(best(ours, 1))
         bare_time, our_time = min(bare_times), min(our_times)
         print(
-            f"batch {batch}: {batch * decode.STRIDE / our_time:.1f} tokens/s, {our_time / decode.STRIDE * 1e3:.1f} ms a "
-            f"step; bare products {bare_time / decode.STRIDE * 1e3:.1f} ms, "
+            f"batch {batch}: {batch * decode.STRIDE / our_time:.1f} tokens/s, "
+            f"{our_time / decode.STRIDE * 1e3:.1f} ms a step; bare products {bare_time / decode.STRIDE * 1e3:.1f} ms, "
             f"{count * 4 * decode.STRIDE / bare_time / 1e9:.1f} GB/s: {bare_time / our_time:.1%} of them",
             flush=True,
         )
@@ -131,7 +132,10 @@ def main():
             if run.returncode:
                 sys.exit(run.stderr)
             theirs = float(run.stdout)
-            print(f"  transformers {theirs:.1f} tokens/s: ratio {batch * decode.STRIDE / our_time / theirs:.2f}", flush=True)
+            print(
+                f"  transformers {theirs:.1f} tokens/s: ratio {batch * decode.STRIDE / our_time / theirs:.2f}",
+                flush=True,
+            )
     read(model, options.rounds)
 
 

@@ -71,11 +71,11 @@ def prompts_of(seed, count):
 
 
 @pytest.mark.parametrize("kind", ["vishwamai", "gemma"])
-@hypothesis.settings(max_examples=8)
+@hypothesis.settings(max_examples=6)
 @hypothesis.given(
-    seed=st.integers(0, 3),
+    seed=st.integers(0, 1),
     order=st.permutations(range(6)),
-    shape=st.sampled_from([(1, 512, 0), (2, 16, 0), (8, 512, 0), (3, 16, 3), (8, 512, 3)]),
+    shape=st.sampled_from([(1, 16, 0), (3, 32, 0), (3, 32, 3)]),
 )
 def test_a_row_is_written_as_if_it_were_alone(kind, seed, order, shape):
     slots, chunk, drafts = shape
@@ -111,8 +111,8 @@ def test_a_hundred_prompts_compile_nothing_that_the_first_of_each_bucket_did_not
         ]
         Engine(model(), eos_id=EOS, slots=4, chunk=32).run(requests)
 
-    # Alone and together, of each bucket up to a chunk.
-    for lengths in ([60], [9], [20], [9] * 4, [20] * 4, [60] * 4):
+    # Alone and together, of each bucket up to a chunk, in caches as long as any will be.
+    for lengths in ([60], [60, 40], [60, 20], [60] + [9] * 4, [60] + [20] * 4):
         write(lengths)
     programs = decode.new_rows, decode.prefill, decode.write
     compiled = [program._cache_size() for program in programs]
