@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vishwamai_eqx import chat, command_line, decode, evaluation, gemma, prompt_file
+from vishwamai_eqx.apart import apart
 from vishwamai_eqx.engine import Engine, Request, Result
 from vishwamai_eqx.precision import compute_dtype
 from vishwamai_eqx.prompt_file import Out, Prompt
@@ -103,10 +104,10 @@ def load(settings: Settings) -> Writer:
         model, tokenizer, config = vishwamai_eqx.load(settings.run_dir)
         # What a fine-tuned Gemma read in training is no bound of what it can read.
         longest = config.model.max_seq_len if config.gemma is None else config.gemma.max_position_embeddings
-        return Writer(model, tokenizer, longest)
+        return Writer(apart(model), tokenizer, longest)
     dtype = compute_dtype("auto")
     decoder = gemma.load(settings.model, jnp.dtype(dtype)).decoder
-    return Writer(decoder, gemma.tokenizer(settings.model), decoder.config.max_position_embeddings)
+    return Writer(apart(decoder), gemma.tokenizer(settings.model), decoder.config.max_position_embeddings)
 
 
 def engine_of(settings: Settings, writer: Writer, rows: int) -> Engine:

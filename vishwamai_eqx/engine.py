@@ -86,6 +86,7 @@ class _Row:
 
     number: int
     request: Request
+    prompt: list[int]
     text: Text | None
     left: int
     written: int = 0
@@ -112,7 +113,7 @@ class _Slot:
     @property
     def unread(self) -> int:
         """Tokens of the prompt still to be read."""
-        return 0 if self.row is None else max(0, len(self.row.request.prompt) - self.known)
+        return 0 if self.row is None else max(0, len(self.row.prompt) - self.known)
 
     @property
     def writes(self) -> bool:
@@ -189,7 +190,7 @@ class Engine:
         number = self.submitted
         self.submitted += 1
         text = None if self.tokenizer is None else Text(self.tokenizer, request.stop)
-        self.waiting.append(_Row(number, request, text, new))
+        self.waiting.append(_Row(number, request, list(request.prompt), text, new))
         return number
 
     def cancel(self, number: int) -> None:
@@ -243,7 +244,7 @@ class Engine:
             if not (free := [i for i, slot in enumerate(self.slots) if slot.row is None and not self._pinned(i)]):
                 self.waiting = put_off + self.waiting[position:]
                 return
-            prompt = row.request.prompt
+            prompt = row.prompt
             found = [self._usable(i, prompt) for i in range(len(self.slots))]
             best = {shard: max(self._of(shard), key=lambda i: found[i]) for shard in {self._shard(i) for i in free}}
             shard = max(best, key=lambda shard: (found[best[shard]], sum(self._shard(i) == shard for i in free)))
@@ -258,13 +259,13 @@ class Engine:
         self.waiting = put_off
 
     def _give(self, chosen: int, row: _Row, source: int, start: int) -> None:
-        self._make_room(len(row.request.prompt) + row.request.max_new_tokens)
+        self._make_room(len(row.prompt) + row.request.max_new_tokens)
         slot = self.slots[chosen]
         slot.row, slot.used, slot.start, slot.source = row, self.ticks, start, source
         if not start or source == chosen:
             slot.source, slot.held = None, slot.held[:start]
 
-    def _usable(self, i: int, prompt: Sequence[int]) -> int:
+    def _usable(self, i: int, prompt: list[int]) -> int:
         """Tokens of the prompt that need not be read if it follows slot i; its last one always is, for the logits."""
         slot = self.slots[i]
         if slot.source is not None:
@@ -289,7 +290,7 @@ class Engine:
             rings.append(ring and ring // self.most)
         return min((ring for ring in rings if ring), default=None)
 
-    def _worth_waiting(self, prompt: Sequence[int], found: int) -> bool:
+    def _worth_waiting(self, prompt: list[int], found: int) -> bool:
         """Whether a row that is being read will have much more of the prompt than what there is to follow."""
         return any(
             self._shared(slot, prompt) >= found + WORTH_WAITING and self._shared(slot, prompt) > slot.known
@@ -297,9 +298,9 @@ class Engine:
             if slot.row is not None and slot.unread > 0
         )
 
-    def _shared(self, slot: _Slot, prompt: Sequence[int]) -> int:
+    def _shared(self, slot: _Slot, prompt: list[int]) -> int:
         assert slot.row is not None
-        return min(common(slot.row.request.prompt, prompt), len(prompt) - 1)
+        return min(common(slot.row.prompt, prompt), len(prompt) - 1)
 
     def _read_chunk(self) -> int:
         """Read a piece of each of some prompts, the tokens for which there was room; of forks first."""
@@ -327,7 +328,7 @@ class Engine:
                 assert slot.row is not None
                 follows = i if slot.source is None else slot.source
                 known = slot.held if slot.source is None else self.slots[follows].held[: slot.start]
-                piece = list(slot.row.request.prompt[len(known) : len(known) + wanted[i]])
+                piece = slot.row.prompt[len(known) : len(known) + wanted[i]]
                 before[at] = known
                 source[at], start[at], row[at] = follows % self.per_shard, len(known), i % self.per_shard
                 tokens[at, : len(piece)], new[at] = piece, len(piece)
@@ -364,7 +365,7 @@ class Engine:
         begun = slot.known
         if not self._has_all(begun + unread):
             # Others that share a beginning follow this row where theirs ends, and can do so only while it is there.
-            ends = [self._shared(slot, row.request.prompt) for row in self.waiting]
+            ends = [self._shared(slot, row.prompt) for row in self.waiting]
             unread = min([end - begun for end in ends if end > max(begun, WORTH_WAITING)] + [unread])
         return unread
 
@@ -378,7 +379,7 @@ class Engine:
         orders = Orders(
             settings_of(
                 [Sampling(0.0) if row is None else row.request.sampling for row in rows],
-                [0 if row is None else len(row.request.prompt) for row in rows],
+                [0 if row is None else len(row.prompt) for row in rows],
             ),
             np.array([0 if row is None else row.left for row in rows], np.int32),
             forced,
@@ -473,11 +474,16 @@ def generate(
     return [result.tokens for result in engine.run(requests)]
 
 
-def common(held: Sequence[int], prompt: Sequence[int]) -> int:
+def common(held: list[int], prompt: list[int]) -> int:
     """Tokens that both begin with."""
-    size = min(len(held), len(prompt))
-    differ = np.flatnonzero(np.asarray(held[:size]) != np.asarray(prompt[:size]))
-    return int(differ[0]) if len(differ) else size
+    at, step = 0, 8
+    # Most differ at once; of what is alike, longer and longer parts are compared.
+    while step and at < min(len(held), len(prompt)):
+        if held[at : at + step] == prompt[at : at + step]:
+            at, step = at + step, 2 * step
+        else:
+            step //= 2
+    return min(at, len(held), len(prompt))
 
 
 def bucket(length: int) -> int:

@@ -142,6 +142,7 @@ class Decoder(eqx.Module):
         first_row: Int[Array, ""] | int = 0,
         probes: Float[Array, "blocks"] | None = None,
         return_hidden: bool = False,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "batch seq d_model"], GemmaCache | None, list[Float[Array, "batch seq d_model"]] | None]:
         """Final hidden states, the cache with the new tokens in it, and with `return_hidden` each block's output.
 
@@ -197,7 +198,8 @@ class Decoder(eqx.Module):
             one_period = jax.checkpoint(one_period, policy=REMAT[self.remat], prevent_cse=False)
         nothing = (None,) * config.period
         carry = (x, nothing if cache is None else cache.period)
-        (x, period_caches), outputs = jax.lax.scan(one_period, carry, (self.period, jnp.arange(repeats), period_probes))
+        xs, steps = (self.period, jnp.arange(repeats), period_probes), repeats if unroll else 1
+        (x, period_caches), outputs = jax.lax.scan(one_period, carry, xs, unroll=steps)
         hidden = None
         if outputs is not None:
             # Of [repeats] each, position by position of the period, to the order of the layers.

@@ -167,6 +167,7 @@ class VishwamAI(eqx.Module):
         first_row: Int[Array, ""] | int = 0,
         probes: Float[Array, "blocks"] | None = None,
         return_hidden: bool = False,
+        unroll: bool = False,
     ) -> tuple[
         Float[Array, "batch seq d_model"],
         KVCache | None,
@@ -180,7 +181,7 @@ class VishwamAI(eqx.Module):
         row's tokens, and `positions` follow the cache. `key` turns dropout on. `placement` is a tree like the model
         of where its shards lie, when called inside `shard_map`; `first_row` then says which row of the whole batch
         is the first one here. `probes`, one for the embedding and one for each layer, say by their gradients whose
-        output was not finite: see `nonfinite.tap`.
+        output was not finite: see `nonfinite.tap`. `unroll` compiles the layers one after the other: see `apart`.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -215,9 +216,9 @@ class VishwamAI(eqx.Module):
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         xs = (self.blocks, jnp.arange(layers), None if probes is None else probes[1:])
-        # With a cache each layer is little work, and unrolling them buys compile time only.
-        unroll = min(self.scan_unroll, layers) if cache is None else 1
-        (x, cache), (metrics, outputs) = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)
+        # With a cache each layer is little work, and unrolling them makes it none the less.
+        steps = layers if unroll else min(self.scan_unroll, layers) if cache is None else 1
+        (x, cache), (metrics, outputs) = jax.lax.scan(layer, (x, cache), xs, unroll=steps)
         if cache is not None:
             cache = rewound(cache, cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32))
         hidden = gather(self.norm, placement and placement.norm, dtype)(x)

@@ -1,6 +1,7 @@
 """How a token is drawn from logits: settings and noise of each row, so that its neighbours do not matter."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,12 @@ class Settings(NamedTuple):
     """Tokens of the row that it has not written."""
 
 
+@functools.lru_cache(4096)
+def words_of(seed: int | tuple[int, ...]) -> np.ndarray:
+    """The key of a seed."""
+    return np.random.SeedSequence(seed).generate_state(2)
+
+
 def settings_of(samplings: Sequence[Sampling], prompts: Sequence[int]) -> Settings:
     """Rows' settings, given what their prompts' lengths are."""
 
@@ -78,7 +85,7 @@ def settings_of(samplings: Sequence[Sampling], prompts: Sequence[int]) -> Settin
         return np.array([getattr(each, name) for each in samplings], np.float32)
 
     return Settings(
-        np.stack([np.random.SeedSequence(each.seed).generate_state(2) for each in samplings]),
+        np.stack([words_of(each.seed) for each in samplings]),
         floats("temperature"),
         np.array([each.top_k for each in samplings], np.int32),
         floats("top_p"),

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vishwamai_eqx import decode, gemma
+from vishwamai_eqx.apart import apart
 from vishwamai_eqx.engine import Engine, Request
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.sampling import Sampling
@@ -88,7 +89,7 @@ def products(model, batch):
 
 def writing(model, batch, rounds):
     """Strides of `batch` rows behind their prompts."""
-    engine = Engine(model, eos_id=-1, slots=batch)
+    engine = Engine(apart(model), eos_id=-1, slots=batch)
     rng = np.random.default_rng(0)
     for _ in range(batch):
         prompt = rng.integers(4, SHAPE["vocab_size"], PROMPT).tolist()
@@ -150,7 +151,7 @@ def read(model, rounds):
         return hidden.sum()
 
     forward_times, our_times = [], []
-    engine = Engine(model, eos_id=-1, slots=rows)
+    engine = Engine(apart(model), eos_id=-1, slots=rows)
     for _ in range(rounds + 1):
         tokens = rng.integers(4, SHAPE["vocab_size"], (rows, length))
         forward_times.append(best(lambda tokens=tokens: forward(tokens), 1))

@@ -135,8 +135,8 @@ def test_on_a_mesh_the_text_is_that_of_one_device(kind, sizes):
         assert result.tokens == alone(kind, request.prompt, request.sampling, 6)
 
 
-def write(prompts, sampling=GREEDY, tokens=8, **options):
-    return engine.generate(model(), prompts, max_new_tokens=tokens, eos_id=EOS, sampling=sampling, **options)
+def write(prompts, sampling=GREEDY, tokens=8, eos_id=EOS, **options):
+    return engine.generate(model(), prompts, max_new_tokens=tokens, eos_id=eos_id, sampling=sampling, **options)
 
 
 def test_the_least_of_each_cut_is_greedy():
@@ -148,12 +148,12 @@ def test_the_least_of_each_cut_is_greedy():
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(5.0), Sampling(5.0, top_k=60, top_p=0.99)], ids=str)
 def test_padding_of_the_vocabulary_is_never_drawn(sampling):
     prompts = [[5, 6, token] for token in range(8)]
-    free, bounded = (write(prompts, sampling, 16, pieces=pieces) for pieces in (None, 20))
+    free, bounded = (write(prompts, sampling, 16, -1, pieces=pieces) for pieces in (None, 20))
     assert max(map(max, free)) >= 20 > max(map(max, bounded))
 
 
 def test_a_row_ends_at_eos():
-    (free,) = write([[5, 6, 7]])
+    (free,) = write([[5, 6, 7]], eos_id=-1)
     ended = engine.generate(model(), [[5, 6, 7]], max_new_tokens=8, eos_id=free[2], sampling=GREEDY)
     assert ended == [free[: free.index(free[2])]]
 
@@ -176,9 +176,9 @@ class Letters:
 
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_a_stop_string_ends_a_row_and_is_not_shown(drafts):
-    (free,) = write([[5, 6, 7]], Sampling(2.0), 16)
+    (free,) = write([[5, 6, 7]], Sampling(2.0), 16, -1)
     text, sampling = Letters().decode(free), Sampling(2.0, seed=(0, 0))
-    several = Engine(model(), eos_id=EOS, tokenizer=Letters(), slots=1, drafts=drafts)
+    several = Engine(model(), eos_id=-1, tokenizer=Letters(), slots=1, drafts=drafts)
     stopped, never = several.run(
         [Request([5, 6, 7], sampling, 16, stop=(text[3:6],)), Request([5, 6, 7], sampling, 16, stop=("never",))]
     )
