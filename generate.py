@@ -206,18 +206,19 @@ def batch(settings: Settings, sampling: Sampling) -> int:
     """Write to a file of prompts; the exit code."""
     assert settings.prompts is not None and settings.out is not None
     prompts, broken = prompt_file.read(settings.prompts)
+    given = len(prompts) + len(broken)
     with Out(settings.out, prompts) as out:
         try:
             if any(prompt_file.left(prompts, out)):
                 broken += write_batch(settings, sampling, load(settings), prompts, out)
         except OSError as error:
             print(
-                f"{settings.out}: {error.strerror}; what is written to {len(out.done)} of {len(prompts)} prompts is "
+                f"{settings.out}: {error.strerror}; what is written to {len(out.done)} of {given} prompts is "
                 "kept, and with room the same command goes on from there.",
                 file=sys.stderr,
             )
             return 1
-        print(f"{settings.out}: {len(out.done)} of {len(prompts) + len(broken)} prompts", file=sys.stderr)
+        print(f"{settings.out}: {len(out.done)} of {given} prompts", file=sys.stderr)
     for sentence in broken:
         print(sentence, file=sys.stderr)
     return 2 if broken else 0

@@ -183,9 +183,8 @@ def test_a_batch_goes_on_where_it_stopped(run_dir, tmp_path, capsys):
 
 
 def test_a_conversation_is_read_once(run_dir, monkeypatch, capsys):
-    made = []
+    made, of, lines = [], generate.engine_of, ["abc", "def", "no end " * 40]
     monkeypatch.setattr(generate, "engine_of", lambda *given: made.append(of(*given)) or made[0])
-    of, lines = generate.engine_of, ["abc", "def", "no end " * 40]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     sampling = ["--temperature=0", "--max-new-tokens=5"]
     assert generate.main(["--run-dir", str(run_dir), "--chat", *sampling]) == 0

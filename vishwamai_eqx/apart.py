@@ -24,6 +24,8 @@ class Apart(eqx.Module):
     model: Model
     layers: list[list[Array]]
     """Of each array of the stacks its layers."""
+    places: tuple[int, ...] = eqx.field(static=True)
+    """Where in the tree those are."""
 
     def __call__(
         self, tokens: Int[Array, "batch seq"], *, segment_ids: Any = None, cache: Any = None, placement: Any = None
@@ -31,8 +33,10 @@ class Apart(eqx.Module):
         model, few = self.model, tokens.shape[1] < FEW
         if few:
             # Taken apart again where they are unrolled, so nothing is stacked.
-            stacks = [jnp.stack(layers) for layers in self.layers]
-            model = eqx.tree_at(lambda model: jax.tree.leaves(model.stacks), model, stacks)
+            leaves, structure = jax.tree.flatten(model)
+            for place, layers in zip(self.places, self.layers, strict=True):
+                leaves[place] = jnp.stack(layers)
+            model = jax.tree.unflatten(structure, leaves)
         return model(tokens, segment_ids=segment_ids, cache=cache, unroll=few)
 
     @property
@@ -52,7 +56,9 @@ def apart(model: Model) -> Model | Apart:
     devices = leaves[0].devices()
     if len(devices) > 1 or next(iter(devices)).platform != "cpu":
         return model
-    return Apart(model, [_views(leaf) for leaf in jax.tree.leaves(model.stacks)])
+    stacked = {id(leaf) for leaf in jax.tree.leaves(model.stacks)}
+    places = [place for place, leaf in enumerate(leaves) if id(leaf) in stacked]
+    return Apart(model, [_views(leaves[place]) for place in places], tuple(places))
 
 
 def _views(stack: Array) -> list[Array]:

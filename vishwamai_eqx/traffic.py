@@ -84,8 +84,11 @@ def _of_one(it: _Instruction, shapes: dict[str, str]) -> float:
     if it.opcode in ("dynamic-update-slice", "scatter"):
         return 2 * sum(operands[1:])
     if it.opcode.endswith("-start"):
-        # The result names the source again.
-        return operands[0] + _bytes(_ARRAY.sub("", it.shape, count=1)) if operands else 0.0
+        # The result names the source first, and of a slice what is read next.
+        arrays = [found[0] for found in _ARRAY.finditer(it.shape)]
+        made = arrays[1] if len(arrays) > 1 else ""
+        read = _size(made) if "slice" in it.opcode else operands[0] if operands else 0.0
+        return read + _bytes(made)
     return sum(operands) + _bytes(it.shape)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import vishwamai_eqx  # noqa: F401  isort: skip  (before jax, whose platform it chooses)
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +105,43 @@ def writing(model, batch, rounds):
     return run
 
 
+def copying(model, rounds):
+    """A model of the same shape that writes a text again and again, with and without prompt lookup."""
+    cycle = 4 + np.random.default_rng(0).permutation(200)
+    follows = np.arange(SHAPE["vocab_size"])
+    follows[cycle] = np.roll(cycle, -1)
+    embedding = np.asarray(model.embedding.weight)
+    head = np.empty_like(embedding)
+    head[follows] = embedding
+    (layers,) = model.period
+    branches = layers.attention.out.weight, layers.mlp.down.weight
+    model = eqx.tree_at(
+        lambda model: (model.period[0].attention.out.weight, model.period[0].mlp.down.weight, model.untied_head),
+        model,
+        (*map(jnp.zeros_like, branches), eqx.tree_at(lambda it: it.weight, model.embedding, jnp.asarray(head))),
+        is_leaf=lambda leaf: leaf is None,
+    )
+    prompt, strides = np.resize(cycle, 250).tolist(), rounds + 1
+    speeds = []
+    for drafts in (0, 4):
+        engine = Engine(apart(model), eos_id=-1, slots=1, drafts=drafts)
+        number = engine.submit(Request(prompt, Sampling(0.0), decode.STRIDE * (drafts + 1) * strides))
+        written, times, events = [], [], engine.events()
+        for _ in range(strides):
+            start = time.perf_counter()
+            event = next(events)
+            times.append((time.perf_counter() - start) / len(event.tokens))
+            written += event.tokens
+        engine.cancel(number)
+        assert written == np.resize(np.roll(cycle, -50), len(written)).tolist()
+        speeds.append(1 / min(times))
+    print(
+        f"copying: {speeds[0]:.1f} tokens/s, with prompt lookup {speeds[1]:.1f}: {speeds[1] / speeds[0]:.2f} times, "
+        f"{engine.acceptance:.0%} of the guesses accepted",
+        flush=True,
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", type=Path)
@@ -137,6 +175,7 @@ def main():
                 f"  transformers {theirs:.1f} tokens/s: ratio {batch * decode.STRIDE / our_time / theirs:.2f}",
                 flush=True,
             )
+    copying(model, options.rounds)
     read(model, options.rounds)
 
 
