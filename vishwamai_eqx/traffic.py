@@ -82,14 +82,14 @@ def _of_one(it: _Instruction, shapes: dict[str, str]) -> float:
     if it.opcode in ("dynamic-slice", "slice", "gather"):
         return _bytes(it.shape) * 2
     if it.opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * sum(operands[1:])
+        return 2 * sum(operands[1:], 0.0)
     if it.opcode.endswith("-start"):
         # The result names the source first, and of a slice what is read next.
         arrays = [found[0] for found in _ARRAY.finditer(it.shape)]
         made = arrays[1] if len(arrays) > 1 else ""
         read = _size(made) if "slice" in it.opcode else operands[0] if operands else 0.0
         return read + _bytes(made)
-    return sum(operands) + _bytes(it.shape)
+    return sum(operands, 0.0) + _bytes(it.shape)
 
 
 def _of_fusion(computations: dict[str, list[_Instruction]], it: _Instruction, shapes: dict[str, str]) -> float:
@@ -145,11 +145,11 @@ def _read(
 
 def _bytes(shape: str) -> float:
     """Of the arrays of a shape that lie in HBM."""
-    return sum(_array(*each[:2]) for each in _ARRAY.findall(shape) if _VECTOR_MEMORY not in each[2])
+    return sum((_array(*each[:2]) for each in _ARRAY.findall(shape) if _VECTOR_MEMORY not in each[2]), 0.0)
 
 
 def _size(shape: str) -> float:
-    return sum(_array(*each[:2]) for each in _ARRAY.findall(shape))
+    return sum((_array(*each[:2]) for each in _ARRAY.findall(shape)), 0.0)
 
 
 def _array(dtype: str, sizes: str) -> float:
