@@ -1,5 +1,6 @@
 """`generate.py` and `vishwamai_eqx.load`: a run, its export, and a Gemma folder write the same way."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -127,6 +128,7 @@ def test_an_exchanged_tokenizer_is_refused(run_dir, exported, tmp_path, pieces, 
 
 def test_all_mistakes_at_once(capsys):
     given = {"temperature": -1.0, "top_k": -1, "top_p": 2.0, "num_samples": 0, "max_new_tokens": 0, "seed": -1}
+    given |= {"min_p": -1.0, "repetition_penalty": 0.0, "rows": 0, "lookup": -1}
     assert generate.main([f"--{name.replace('_', '-')}={value}" for name, value in given.items()]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert {line.partition(" must be ")[0] for line in lines} == {f"{name}={value}" for name, value in given.items()}
@@ -153,3 +155,54 @@ def test_a_reader_that_leaves_is_no_error_to_speak_of(run_dir):
 )
 def test_a_prompt_is_taken_by_the_letter(arguments, prompt):
     assert command_line.parse_settings(generate.Settings, arguments, generate.Settings(), None).prompt == prompt
+
+
+def test_guesses_change_no_text(run_dir, capsys):
+    plain = written(capsys, "--run-dir", run_dir, "--num-samples", 3, "--logprobs")
+    assert len(plain["samples"][0]["logprobs"]) == 9
+    assert written(capsys, "--run-dir", run_dir, "--num-samples", 3, "--lookup", 3, "--rows", 2, "--logprobs")[
+        "samples"
+    ] == [{**sample, "logprobs": pytest.approx(sample["logprobs"], abs=1e-4)} for sample in plain["samples"]]
+
+
+def test_a_batch_goes_on_where_it_stopped(run_dir, tmp_path, capsys):
+    prompts, out, again = (tmp_path / name for name in ("prompts.jsonl", "out.jsonl", "again.jsonl"))
+    lines = [json.dumps({"prompt": text}) for text in ("abc", "", "abc abc", "no end " * 40, "a")]
+    prompts.write_text("\n".join([*lines, "{broken"]))
+    command = ["--run-dir", str(run_dir), "--max-new-tokens=9", "--num-samples=2", f"--prompts={prompts}"]
+    assert generate.main([*command, f"--out={out}", "--rows=3"]) == 2
+    said = capsys.readouterr().err
+    assert f"{out}: 4 of 6 prompts" in said and f"{prompts}:6: '{{broken'" in said
+    assert f"{prompts}:4: max_new_tokens=9" in said and "a shorter prompt" in said
+    found = sorted(map(json.loads, out.read_text().splitlines()), key=lambda each: each["line"])
+    assert [each["line"] for each in found] == [1, 2, 3, 5] and len(found[0]["samples"]) == 2
+    # The same texts, whatever stands beside them and wherever a run begins.
+    again.write_bytes(out.read_bytes()[: -len(out.read_bytes().splitlines()[-1]) // 2])
+    assert generate.main([*command, f"--out={again}", "--rows=2"]) == 2
+    assert sorted(map(json.loads, again.read_text().splitlines()), key=lambda each: each["line"]) == found
+
+
+def test_a_conversation_is_read_once(run_dir, monkeypatch, capsys):
+    made, of, lines = [], generate.engine_of, ["abc", "def", "no end " * 40]
+    monkeypatch.setattr(generate, "engine_of", lambda *given: made.append(of(*given)) or made[0])
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    sampling = ["--temperature=0", "--max-new-tokens=5"]
+    assert generate.main(["--run-dir", str(run_dir), "--chat", *sampling]) == 0
+    said = capsys.readouterr()
+    assert "the conversation is over the model's context of 64; begin a new one." in said.err
+    tokenizer = vishwamai_eqx.load(run_dir).tokenizer
+    # The last token of an answer too, and each line's own.
+    assert made[0].read == 1 + sum(len(tokenizer.encode_ids(line + "\n")) for line in lines[:2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--prompts=x.jsonl"], "prompts=x.jsonl needs --out; give both, or none."),
+        (["--logprobs"], "logprobs=True is for JSON; give --json too."),
+        (["--prompts=none.jsonl", "--out=x.jsonl"], "prompts=none.jsonl cannot be read (No such file or directory)"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(arguments, sentence, capsys):
+    assert generate.main(arguments) == 2
+    assert sentence in capsys.readouterr().err

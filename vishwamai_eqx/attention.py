@@ -1,4 +1,4 @@
-"""Grouped-query attention over flash attention's kernels, and the KV cache that generation reads."""
+"""Grouped-query attention over flash attention's kernels."""
 
 import math
 from typing import Any
@@ -12,84 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 import kernels
 from vishwamai_eqx.config import AttentionPattern
 from vishwamai_eqx.factors import divisors
+from vishwamai_eqx.kv_cache import CacheSlot, KVCache
 from vishwamai_eqx.layers import RMSNorm, TPUGEMMLinear, rotate
 from vishwamai_eqx.mesh import index, size, vary
 
 Angles = tuple[Float[Array, "batch seq 1 half"], Float[Array, "batch seq 1 half"]]
 """Cosines and sines of the rotary positions, the same for all layers."""
-
-
-class KVCache(eqx.Module):
-    """Keys and values of the tokens read so far; slot i of a row holds the token at position i.
-
-    A `ring` holds the last `length` tokens: slot i then holds the newest token whose position is i modulo the length.
-    """
-
-    keys: Float[Array, "layers batch kv_heads length head_dim"]
-    values: Float[Array, "layers batch kv_heads length head_dim"]
-    lengths: Int[Array, "batch"]
-    """Tokens that each row has read."""
-    ring: bool = eqx.field(static=True, default=False)
-
-    @property
-    def length(self) -> int:
-        return self.keys.shape[3]
-
-
-class CacheSlot(eqx.Module):
-    """One layer's part in a cache on its way through the layers: the whole cache, and which layer is reading it."""
-
-    cache: KVCache
-    layer: Int[Array, ""]
-
-    def extend(
-        self,
-        keys: Float[Array, "batch seq kv_heads head_dim"],
-        values: Float[Array, "batch seq kv_heads head_dim"],
-        new: Int[Array, "batch"],
-    ) -> tuple[
-        KVCache,
-        Float[Array, "batch length kv_heads head_dim"],
-        Float[Array, "batch length kv_heads head_dim"],
-        Int[Array, "batch length"] | None,
-    ]:
-        """The cache with the new tokens in it, and all keys and values that the queries may see.
-
-        Of a ring these come with their positions, negative where there is no token; otherwise slots are positions.
-        `new` counts each row's new tokens: what follows them is padding.
-        """
-        cache = self.cache
-        positions = source = None
-        if cache.ring:
-            # A ring that has gone round no longer holds what the first of several queries sees, so all of them look at
-            # the ring as it was, and at their own keys.
-            seq = keys.shape[1]
-            old = newest(cache.lengths, cache.length)
-            own = jnp.where(jnp.arange(seq) < new[:, None], cache.lengths[:, None] + jnp.arange(seq), -1)
-            positions = jnp.concatenate([old, own], axis=1)
-            source = newest(cache.lengths + new, cache.length) - cache.lengths[:, None]
-
-        def write(old: Array, new: Array) -> tuple[Array, Array]:
-            layer = jax.lax.dynamic_index_in_dim(old, self.layer, keepdims=False)
-            new = new.swapaxes(1, 2).astype(old.dtype)
-            if source is not None:
-                seen = jnp.concatenate([layer, new], axis=2)
-                taken = jnp.take_along_axis(new, jnp.clip(source, 0, None)[:, None, :, None], axis=2)
-                layer = jnp.where((source >= 0)[:, None, :, None], taken, layer)
-            else:
-                place = jax.vmap(lambda row, piece, at: jax.lax.dynamic_update_slice_in_dim(row, piece, at, axis=1))
-                seen = layer = place(layer, new, cache.lengths)
-            return jax.lax.dynamic_update_index_in_dim(old, layer, self.layer, 0), seen.swapaxes(1, 2)
-
-        all_keys, seen_keys = write(cache.keys, keys)
-        all_values, seen_values = write(cache.values, values)
-        return KVCache(all_keys, all_values, cache.lengths, cache.ring), seen_keys, seen_values, positions
-
-
-def newest(lengths: Int[Array, "batch"], length: int) -> Int[Array, "batch {length}"]:
-    """The position that each slot of a ring holds after so many tokens; negative where it holds none."""
-    last = lengths[:, None] - 1
-    return last - (last - jnp.arange(length)) % length
 
 
 class TPUMultiHeadAttention(eqx.Module):
@@ -187,7 +115,7 @@ class TPUMultiHeadAttention(eqx.Module):
             options |= self.pattern_options(x.shape[1]) | {"segment_ids": segment_ids}
         else:
             new = jnp.full(x.shape[0], x.shape[1]) if segment_ids is None else (segment_ids > 0).sum(axis=1)
-            cache, k, v, slots = slot.extend(k, v, new.astype(jnp.int32))
+            cache, k, v, slots = slot.extend(k, v, new.astype(jnp.int32), self.window)
             if slots is None:
                 options |= self.pattern_options(k.shape[1], positions) | {"q_offset": slot.cache.lengths}
             else:

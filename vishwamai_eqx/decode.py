@@ -1,27 +1,33 @@
-"""Generation: prefill a KV cache, then one jitted loop of decode steps, with sampling settings and seeds by row."""
+"""The two compiled programs of generation: reading pieces of prompts into rows of a cache, and writing on.
+
+Both take a cache of many rows, which is donated, and what to do with each row as small arrays, the same on every
+device: there each one looks up what its own rows are told. `engine` decides what that is.
+"""
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import multihost_utils
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 
-# Tokens that the loop makes before the host looks: text streams, and few launches are paid for.
+from vishwamai_eqx import kv_cache, lookup, sampling
+from vishwamai_eqx.config import BATCH_AXES
+from vishwamai_eqx.mesh import bound, index, make_mesh, max_over, on_mesh, size, vary
+from vishwamai_eqx.sampling import Settings
+
+P = PartitionSpec
+# Steps that a program makes before the host looks: text streams, and few launches are paid for.
 STRIDE = 8
-# Prompts and caches are padded to powers of two from here, so that few shapes are ever compiled.
-SMALLEST_BUCKET = 16
 
 
 @runtime_checkable
 class Cache(Protocol):
-    """What a model has read of each row."""
+    """What a model has read of each row: see `kv_cache`."""
 
     lengths: Int[Array, "batch"]
     """Tokens read."""
@@ -31,225 +37,337 @@ class Cache(Protocol):
 class CachedModel(Protocol):
     """What can be decoded: `VishwamAI`, and `gemma.Decoder`."""
 
-    def __call__(self, tokens: Int[Array, "batch seq"], *, segment_ids: Any = None, cache: Any = None) -> Any:
+    def __call__(
+        self, tokens: Int[Array, "batch seq"], *, segment_ids: Any = None, cache: Any = None, placement: Any = None
+    ) -> Any:
         """Final hidden states, the cache with the tokens in it, and more."""
         ...
 
-    def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Logits in f32."""
+    @property
+    def head_weight(self) -> Any:
+        """The embedding that hidden states are compared with."""
         ...
 
-    def new_cache(self, batch: int, length: int) -> Any:
-        """An empty `Cache` for rows of at most `length` tokens."""
+    def head(self, hidden: Float[Array, "*batch d_model"], placement: Any = None) -> Float[Array, "*batch vocab"]:
+        """Logits in f32, with `placement` this device's part of them."""
+        ...
+
+    def new_cache(self, batch: int, length: int, slack: int = 0) -> Any:
+        """An empty `Cache` for rows of at most `length` tokens, of which the last `slack` can be taken back."""
         ...
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the logits."""
+class Where:
+    """The mesh that a model lies on, and how."""
 
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the largest."""
-    top_k: int = 0
-    """Only the k most likely tokens are drawn; 0: all."""
-    top_p: float = 1.0
-    """Only the fewest most likely tokens whose probability reaches p are drawn (1904.09751)."""
+    mesh: Mesh
+    specs: tuple[PartitionSpec, ...]
+    """Of its arrays, in the order of the tree."""
 
-    def __post_init__(self) -> None:
-        problems = []
-        if not 0 <= self.temperature < math.inf:
-            problems.append(
-                f"temperature={self.temperature} must be at least 0 and finite; 0 is greedy, 1 the model's own."
-            )
-        if not 0 <= self.top_k < 2**31:
-            problems.append(f"top_k={self.top_k} must be at least 0 and below 2**31; 0 draws from all tokens.")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p} must be above 0 and at most 1; 1 draws from all tokens.")
-        if problems:
-            raise ValueError("\n".join(problems))
+    @property
+    def shards(self) -> int:
+        """Devices that divide the rows."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def where(model: CachedModel) -> Where:
+    """Where a model's arrays are: as training has laid them out, or all on one device, the mesh of one."""
+    leaves = jax.tree.leaves(model)
+    if isinstance(leaves[0].sharding, NamedSharding):
+        return Where(leaves[0].sharding.mesh, tuple(leaf.sharding.spec for leaf in leaves))
+    return Where(make_mesh({}, list(leaves[0].devices())), (P(),) * len(leaves))
 
 
 class Rows(eqx.Module):
     """The rows being generated."""
 
     cache: Cache
+    text: Int[Array, "batch length"]
+    """The tokens in the cache."""
     logits: Float[Array, "batch vocab"]
-    """Of the next token."""
-    key: Array
-    """One of each row: with the token's position it decides the draw, so neighbours do not matter."""
-    done: Bool[Array, "batch"]
-    temperature: Float[Array, "batch"]
-    top_k: Int[Array, "batch"]
-    top_p: Float[Array, "batch"]
-    pieces: Int[Array, ""]
-    """Rows of the head from here on are padding."""
+    """Of the next token; of each device along `model` its part of the vocabulary."""
 
 
-def stream(
-    model: CachedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    sampling: Sampling = Sampling(),
-    seed: int = 0,
-    max_length: int | None = None,
-    pieces: int | None = None,
-) -> Iterator[list[list[int]]]:
-    """Each row's new tokens, a few at a time as they are made; `eos_id` ends a row and is not among them.
+class Chunk(NamedTuple):
+    """Pieces of prompts to be read, for each device its own, side by side."""
 
-    Row i draws with the seed's i-th key. `pieces` are the ids that the tokenizer has; those that pad the vocabulary are
-    never drawn. Raises ValueError, at once, if a prompt is empty, or is with its new tokens longer than `max_length`,
-    the context that the model was trained for.
+    source: Int[Any, "pieces"]
+    """The row whose cache a piece follows, among this device's own; a fork is a source that is another row."""
+    start: Int[Any, "pieces"]
+    """Tokens of it that count."""
+    row: Int[Any, "pieces"]
+    """The row that the result becomes; one that there is not, of a piece that is padding."""
+    tokens: Int[Any, "pieces seq"]
+    new: Int[Any, "pieces"]
+    """Tokens; padding follows them."""
+
+
+class Orders(NamedTuple):
+    """What to write in each row."""
+
+    settings: Settings
+    left: Int[Any, "batch"]
+    """Tokens to write at most; a row with none rests."""
+    forced: Int[Any, "batch tokens"]
+    """The next tokens, where they are not to be drawn; else -1."""
+    eos: Int[Any, ""]
+    """The token that ends a row."""
+    pieces: Int[Any, ""]
+    """Tokens that may be drawn; those that pad the vocabulary follow."""
+
+
+class Guide(NamedTuple):
+    """A smaller model that drafts, and what its vocabulary has to do with the model's own: see `draft`.
+
+    It drafts only tokens that are one piece of its own, and reads others piece by piece (2502.05202).
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    longest = max(len(prompt) for prompt in prompts)
-    if min(len(prompt) for prompt in prompts) == 0:
-        raise ValueError("prompt: it has no token; begin it with [BOS] at least.")
-    if max_length is not None and longest + max_new_tokens > max_length:
-        raise ValueError(
-            f"max_new_tokens={max_new_tokens}: with the prompt's {longest} tokens it is over the model's context of "
-            f"{max_length}; take "
-            + (f"at most {max_length - longest} or a shorter prompt." if longest < max_length else "a shorter prompt.")
+
+    model: CachedModel
+    pieces: Int[Any, "vocab most"]
+    """Each token in the guide's pieces."""
+    counts: Int[Any, "vocab"]
+    """How many they are."""
+    kept: Int[Any, "pieces"]
+    """The token that each of its pieces is."""
+
+
+class Written(NamedTuple):
+    """Tokens by step; a step with drafts may write several."""
+
+    tokens: Int[Array, "steps batch drafts"]
+    logprobs: Float[Array, "steps batch drafts"]
+    """What the model itself says of them, before penalties, temperature and cuts."""
+    counts: Int[Array, "steps batch"]
+    """Tokens that a step has written."""
+
+
+@functools.partial(jax.jit, static_argnames=("at", "rows", "length", "slack"))
+def new_rows(model: CachedModel, *, at: Where, rows: int, length: int, slack: int) -> Rows:
+    """`rows` rows that have read nothing."""
+
+    vocab = _vocab(model)
+
+    def make(model: CachedModel) -> Rows:
+        made = _empty(model, vocab, rows // size(*BATCH_AXES), length, slack)
+        return jax.tree.map(lambda leaf, spec: vary(leaf, *_axes(spec)), made, specs_of(made, at))
+
+    out = specs_of(jax.eval_shape(lambda model: _empty(model, vocab, rows, length, slack), model), at)
+    return jax.shard_map(make, mesh=at.mesh, in_specs=(_model(model, at),), out_specs=out)(model)
+
+
+@functools.partial(jax.jit, static_argnames=("at", "length", "slack"))
+def grow(model: CachedModel, rows: Rows, *, at: Where, length: int, slack: int) -> Rows:
+    """The same rows in a cache for longer ones."""
+
+    vocab = _vocab(model)
+
+    def copy(model: CachedModel, rows: Rows) -> Rows:
+        longer = _empty(model, vocab, rows.text.shape[0], length, slack)
+        return kv_cache.grown(rows, longer)
+
+    out = specs_of(jax.eval_shape(lambda model: _empty(model, vocab, rows.text.shape[0], length, slack), model), at)
+    specs = _model(model, at), specs_of(rows, at)
+    return jax.shard_map(copy, mesh=at.mesh, in_specs=specs, out_specs=out)(model, rows)
+
+
+@functools.partial(jax.jit, static_argnames="at", donate_argnums=1)
+def prefill(model: CachedModel, rows: Rows, chunk: Chunk, *, at: Where) -> Rows:
+    """The rows after reading pieces of prompts, with the logits after each one's last token."""
+
+    def read(model: CachedModel, rows: Rows, chunk: Chunk) -> Rows:
+        chunk = _own(chunk)
+        before = kv_cache.taken(rows.cache, chunk.source)
+        offset = jnp.arange(chunk.tokens.shape[1])
+        there = offset < chunk.new[:, None]
+        hidden, cache, _ = model(
+            chunk.tokens,
+            segment_ids=there.astype(jnp.int32),
+            cache=kv_cache.rewound(before, chunk.start),
+            placement=placement,
         )
-    return _stream(model, prompts, longest, max_new_tokens, eos_id, sampling, seed, pieces)
+        last = jnp.maximum(chunk.new - 1, 0)[:, None, None]
+        logits = model.head(jnp.take_along_axis(hidden, last, axis=1)[:, 0], placement)
+        text = rows.text[chunk.source]
+        place = jnp.where(there, chunk.start[:, None] + offset, text.shape[1])
+        text = text.at[jnp.arange(len(text))[:, None], place].set(chunk.tokens, mode="drop")
+        return Rows(
+            kv_cache.put(rows.cache, chunk.row, cache),
+            rows.text.at[chunk.row].set(text, mode="drop"),
+            rows.logits.at[chunk.row].set(logits, mode="drop"),
+        )
+
+    placement = _model(model, at)
+    specs = specs_of(rows, at)
+    sharded = jax.shard_map(read, mesh=at.mesh, in_specs=(placement, specs, P()), out_specs=specs)
+    return sharded(model, rows, chunk)
 
 
-def _stream(
+@functools.partial(jax.jit, static_argnames=("at", "drafts", "steps", "guide_at"), donate_argnums=(1, 3))
+def write(
     model: CachedModel,
-    prompts: Sequence[Sequence[int]],
-    longest: int,
-    max_new_tokens: int,
-    eos_id: int,
-    sampling: Sampling,
-    seed: int,
-    pieces: int | None,
-) -> Iterator[list[list[int]]]:
-    tokens = np.zeros((len(prompts), bucket(longest)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    # The loop may run over by a stride, and the padding of the prompt is written too.
-    length = bucket(max(tokens.shape[1], longest + max_new_tokens + STRIDE))
-    settings = np.uint32(seed % 2**32), np.float32(sampling.temperature), np.int32(sampling.top_k)
-    ends = np.float32(sampling.top_p), np.int32(np.iinfo(np.int32).max if pieces is None else pieces)
-    rows = prefill(model, tokens, lengths, *settings, *ends, length=length)
-    made, done = 0, np.zeros(len(prompts), bool)
-    while made < max_new_tokens and not done.all():
-        new, rows = decode(model, rows, np.int32(eos_id))
-        drawn: list[list[int]] = []
-        # Of several processes each has some rows, and tells the others.
-        new = multihost_utils.process_allgather(new, tiled=True)
-        for i, row in enumerate(new[:, : max_new_tokens - made].tolist()):
-            end = row.index(eos_id) if eos_id in row else len(row)
-            drawn.append([] if done[i] else row[:end])
-            done[i] |= end < len(row)
-        made += STRIDE
-        yield drawn
-
-
-def generate(model: CachedModel, prompts: Sequence[Sequence[int]], **options: object) -> list[list[int]]:
-    """Each row's new tokens, all at once; takes what `stream` takes."""
-    rows: list[list[int]] = [[] for _ in prompts]
-    for pieces in stream(model, prompts, **options):  # pyright: ignore[reportArgumentType]
-        for row, piece in zip(rows, pieces, strict=True):
-            row.extend(piece)
-    return rows
-
-
-def bucket(length: int) -> int:
-    """The next power of two."""
-    return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-
-
-@functools.partial(jax.jit, static_argnames="length")
-def prefill(
-    model: CachedModel,
-    tokens: Int[Array, "batch seq"],
-    lengths: Int[Array, "batch"],
-    seed: UInt32[Array, ""],
-    temperature: Float[Array, ""],
-    top_k: Int[Array, ""],
-    top_p: Float[Array, ""],
-    pieces: Int[Array, ""],
+    rows: Rows,
+    guide: Guide | None,
+    guided: Rows | None,
+    orders: Orders,
     *,
-    length: int,
-) -> Rows:
-    """Prompts, padded behind, read into a new cache of `length` slots, with the logits after each one's last token."""
-    batch = tokens.shape[0]
-    segment_ids = (jnp.arange(tokens.shape[1]) < lengths[:, None]).astype(jnp.int32)
-    hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=model.new_cache(batch, length))
-    assert cache is not None
-    return Rows(
-        cache,
-        model.head(hidden[jnp.arange(batch), lengths - 1]),
-        jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(batch)),
-        jnp.zeros(batch, bool),
-        jnp.full(batch, temperature),
-        jnp.full(batch, top_k),
-        jnp.full(batch, top_p),
-        pieces,
-    )
+    at: Where,
+    guide_at: Where | None = None,
+    drafts: int = 0,
+    steps: int = STRIDE,
+) -> tuple[Rows, Rows | None, Written]:
+    """The rows, and a guide's, after some steps, and what was written.
 
-
-@functools.partial(jax.jit, donate_argnums=1)
-def decode(model: CachedModel, rows: Rows, eos_id: Int[Array, ""]) -> tuple[Int[Array, "batch stride"], Rows]:
-    """Draw and read `STRIDE` tokens a row; a row that is done draws on, unread."""
-
-    def step(rows: Rows, _xs: None) -> tuple[Rows, Int[Array, "batch"]]:
-        tokens = draw(rows)
-        hidden, cache, _ = model(tokens[:, None], cache=rows.cache)
-        done = rows.done | (tokens == eos_id)
-        return eqx.tree_at(
-            lambda rows: (rows.cache, rows.logits, rows.done), rows, (cache, model.head(hidden[:, 0]), done)
-        ), tokens
-
-    rows, tokens = jax.lax.scan(step, rows, length=STRIDE)
-    return tokens.T, rows
-
-
-def draw(rows: Rows) -> Int[Array, "batch"]:
-    """A token for each row."""
-
-    def cut(logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """The logits with -inf for what top-k and top-p leave out; of equals at the border all stay."""
-        order = ordered(logits)
-        kept = order >= threshold(order, jnp.ones_like(logits), rows.top_k.astype(logits.dtype))
-        kept |= rows.top_k[:, None] == 0
-        probabilities = jax.nn.softmax(jnp.where(kept, logits, -jnp.inf), axis=-1)
-        kept &= (order >= threshold(order, probabilities, rows.top_p)) | (rows.top_p[:, None] == 1)
-        return jnp.where(kept, logits, -jnp.inf)
-
-    logits = jnp.where(jnp.arange(rows.logits.shape[-1]) < rows.pieces, rows.logits, -jnp.inf)
-    greedy = jnp.argmax(logits, axis=-1)
-    scaled = logits / jnp.maximum(rows.temperature, 1e-6)[:, None]
-    scaled = jax.lax.cond(jnp.any((rows.top_k > 0) | (rows.top_p < 1)), cut, lambda logits: logits, scaled)
-    keys = jax.vmap(jax.random.fold_in)(rows.key, rows.cache.lengths)
-    drawn = jax.vmap(jax.random.categorical)(keys, scaled)
-    return jnp.where(rows.temperature > 0, drawn, greedy).astype(jnp.int32)
-
-
-def ordered(x: Float[Array, "batch vocab"]) -> Int[Array, "batch vocab"]:
-    """Whole numbers in the order of the f32 numbers that they stand for."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-
-def threshold(
-    order: Int[Array, "batch vocab"], mass: Float[Array, "batch vocab"], enough: Float[Array, "batch"]
-) -> Int[Array, "batch 1"]:
-    """The largest number of each row such that the mass of what is not below it is enough.
-
-    Found bit by bit, in 32 passes: a sort of the vocabulary is several times slower, on CPU and on TPU.
+    A step draws a token and reads it. With `drafts` it reads as many more behind it, of the guide's, or which
+    `lookup.propose` takes from what the row has, and keeps those that are what it would have drawn (2211.17192, with
+    the noise of the draws shared as in 2408.07978): the text is the same, whatever the drafts are.
     """
 
-    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
-        middle = (low & high) + ((low ^ high) >> 1)
-        reached = jnp.sum(jnp.where(order >= middle, mass, 0), axis=-1, keepdims=True) >= enough[:, None]
-        return jnp.where(reached, middle, low), jnp.where(reached, high, middle)
+    def step(operands: _Operands, carry: tuple[Rows, Rows | None, Array, Array]) -> tuple[Any, Written]:
+        model, guide, orders = operands
+        rows, guided, left, done = carry
+        lengths, active = rows.cache.lengths, left > 0
 
-    ends = jnp.iinfo(jnp.int32)
-    low, high = jnp.full_like(order[:, :1], ends.min), jnp.full_like(order[:, :1], ends.max)
-    return jax.lax.fori_loop(0, 32, halve, (low, high))[0]
+        def draw(logits: Array, text: Array, first: int) -> tuple[Array, Array]:
+            """Tokens from logits [batch, n, vocab], the first of them `first` further on, and what the model says."""
+            batch, n, vocab = logits.shape
+            ahead = first + jnp.arange(n)
+            settings, rows_text = jax.tree.map(lambda leaf: jnp.repeat(leaf, n, axis=0), (orders.settings, text))
+            position = (lengths[:, None] + ahead).reshape(-1)
+            drawn, said = sampling.draw(settings, logits.reshape(-1, vocab), rows_text, position, orders.pieces)
+            forced = jnp.take_along_axis(orders.forced, done[:, None] + ahead, axis=1, mode="clip")
+            token = jnp.where(forced < 0, drawn.reshape(batch, n), forced)
+            return max_over(token, "model"), said.reshape(logits.shape)
+
+        def append(text: Array, tokens: Array, first: int) -> Array:
+            place = lengths[:, None] + first + jnp.arange(tokens.shape[1])
+            place = jnp.where(active[:, None], place, text.shape[1])
+            return text.at[jnp.arange(len(text))[:, None], place].set(tokens, mode="drop")
+
+        token, said = draw(_gathered(rows.logits)[:, None], rows.text, 0)
+        text, tokens = append(rows.text, token, 0), token
+        before = jnp.zeros_like(lengths) if guided is None else guided.cache.lengths
+        if guide is not None and guided is not None:
+            pieces, counts = guide.pieces[token[:, 0]], guide.counts[token[:, 0]]
+            for ahead in range(1, drafts + 2):
+                there = (jnp.arange(pieces.shape[1]) < counts[:, None]) & active[:, None]
+                placement = _model(guide.model, guide_at)
+                hidden, cache, _ = guide.model(
+                    pieces, segment_ids=there.astype(jnp.int32), cache=guided.cache, placement=placement
+                )
+                guided = Rows(cache, guided.text, guided.logits)
+                if ahead <= drafts:
+                    last = jnp.take_along_axis(hidden, jnp.maximum(counts - 1, 0)[:, None, None], axis=1)[:, 0]
+                    of_pieces = _gathered(guide.model.head(last, placement))[:, : len(guide.kept)]
+                    logits = jnp.full_like(said[:, 0], -jnp.inf).at[:, guide.kept].set(of_pieces, mode="drop")
+                    # With the same noise, so that it says the same as often as it can.
+                    drawn, _ = draw(logits[:, None], text, ahead)
+                    text, tokens = append(text, drawn, ahead), jnp.concatenate([tokens, drawn], axis=1)
+                    pieces, counts = guide.pieces[drawn[:, 0]][:, :1], jnp.minimum(guide.counts[drawn[:, 0]], 1)
+        elif drafts:
+            proposed = lookup.propose(text, lengths + 1, drafts)
+            forced = jnp.take_along_axis(orders.forced, done[:, None] + 1 + jnp.arange(drafts), axis=1, mode="clip")
+            proposed = jnp.where(forced < 0, proposed, forced)
+            text, tokens = append(text, proposed, 1), jnp.concatenate([tokens, proposed], axis=1)
+
+        segment_ids = jnp.broadcast_to(active[:, None], tokens.shape).astype(jnp.int32)
+        placement = _model(model, at)
+        hidden, cache, _ = model(tokens, segment_ids=segment_ids, cache=rows.cache, placement=placement)
+        logits = model.head(hidden, placement)
+        accepted = jnp.zeros_like(left)
+        if drafts:
+            # How many of the drafts are what would have been drawn.
+            again, more_said = draw(_gathered(logits[:, :-1]), text, 1)
+            good = (again == tokens[:, 1:]) & (tokens[:, :-1] != orders.eos) & (1 + jnp.arange(drafts) < left[:, None])
+            if guide is not None:
+                # What is several pieces to the guide, it has not read as such.
+                good = good & (guide.counts[tokens[:, 1:]] == 1)
+            accepted = jnp.cumprod(good, axis=1).sum(axis=1, dtype=jnp.int32)
+            said = jnp.concatenate([said, more_said], axis=1)
+        logprobs = max_over(jnp.take_along_axis(said, tokens[:, :, None], axis=2)[:, :, 0], "model")
+        count = jnp.where(active, 1 + accepted, 0)
+        after = jnp.take_along_axis(logits, accepted[:, None, None], axis=1)[:, 0]
+        ended = jnp.any((tokens == orders.eos) & (jnp.arange(drafts + 1) < count[:, None]), axis=1)
+        rows = Rows(kv_cache.rewound(cache, lengths + count), text, jnp.where(active[:, None], after, rows.logits))
+        if guide is not None and guided is not None:
+            known = before + jnp.where(active, guide.counts[tokens[:, 0]] + accepted, 0)
+            guided = Rows(kv_cache.rewound(guided.cache, known), guided.text, guided.logits)
+        return (rows, guided, jnp.where(ended, 0, left - count), done + count), Written(tokens, logprobs, count)
+
+    def loop(
+        model: CachedModel, rows: Rows, guide: Guide | None, guided: Rows | None, orders: Orders
+    ) -> tuple[Rows, Rows | None, Written]:
+        orders = orders._replace(settings=_own(orders.settings), left=_own(orders.left), forced=_own(orders.forced))
+        operands = _Operands(model, guide, orders)
+        carry = rows, guided, orders.left, jnp.zeros_like(orders.left)
+        (rows, guided, _, _), written = jax.lax.scan(lambda carry, _: step(operands, carry), carry, length=steps)
+        return rows, guided, written
+
+    specs, guided_specs, guide_specs = specs_of(rows, at), None, None
+    if guide is not None:
+        guide_specs = guide._replace(model=_model(guide.model, guide_at), pieces=P(), counts=P(), kept=P())
+        guided_specs = specs_of(guided, guide_at)
+    out = specs, guided_specs, on_mesh(P(None, BATCH_AXES), at.mesh)
+    ins = _model(model, at), specs, guide_specs, guided_specs, P()
+    sharded = jax.shard_map(loop, mesh=at.mesh, in_specs=ins, out_specs=out)
+    return sharded(model, rows, guide, guided, orders)
+
+
+class _Operands(NamedTuple):
+    """What steps take and do not change."""
+
+    model: CachedModel
+    guide: Guide | None
+    orders: Orders
+
+
+def _gathered(logits: Float[Array, "*batch part"]) -> Float[Array, "*batch vocab"]:
+    """Logits of the whole vocabulary."""
+    names = bound("model")
+    return jax.lax.all_gather(logits, names, axis=logits.ndim - 1, tiled=True) if names else logits
+
+
+def _vocab(model: CachedModel) -> int:
+    """Rows of the head on all devices together; inside `shard_map` it has those that it holds."""
+    return model.head_weight.weight.shape[0]
+
+
+def _empty(model: CachedModel, vocab: int, rows: int, length: int, slack: int) -> Rows:
+    cache, text = model.new_cache(rows, length, slack), jnp.zeros((rows, length), jnp.int32)
+    return Rows(cache, text, jnp.zeros((rows, vocab // size("model")), jnp.float32))
+
+
+def _model(model: CachedModel, at: Where | None) -> Any:
+    """A tree like the model of where its arrays lie."""
+    assert at is not None
+    return jax.tree.unflatten(jax.tree.structure(model), at.specs)
+
+
+def specs_of(rows: Rows | None, at: Where | None) -> Any:
+    """A tree like the rows of where its arrays lie."""
+
+    assert at is not None
+    mesh = at.mesh
+
+    def spec(path: Any, leaf: Any) -> PartitionSpec:
+        if path[-1].name == "logits":
+            return P(BATCH_AXES, "model")
+        # Of keys and values, rows come after layers, and heads after rows.
+        return P(BATCH_AXES) if len(leaf.shape) < 3 else P(None, BATCH_AXES, "model")
+
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: on_mesh(spec(path, leaf), mesh), rows)
+
+
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    return tuple(axis for entry in spec for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+
+
+def _own(tree: Any) -> Any:
+    """Of arrays for all devices' rows, those for this one's."""
+
+    def part(whole: Array) -> Array:
+        rows = len(whole) // size(*BATCH_AXES)
+        whole = vary(jnp.asarray(whole), *BATCH_AXES)
+        return jax.lax.dynamic_slice_in_dim(whole, index(*BATCH_AXES) * rows, rows)
+
+    return jax.tree.map(part, tree)

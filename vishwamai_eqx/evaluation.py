@@ -11,11 +11,12 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from vishwamai_eqx import decode
+from vishwamai_eqx import engine
 from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.config import BATCH_AXES
 from vishwamai_eqx.data import Batch, Dataset
 from vishwamai_eqx.mesh import on_mesh, sum_over
+from vishwamai_eqx.sampling import Sampling
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 P = PartitionSpec
@@ -66,14 +67,13 @@ def held_out(
 
 def write(model: Model, tokenizer: VishwamAITokenizer, *, tokens: int, seed: int, samples: int = 1) -> list[str]:
     """Texts of at most so many tokens that the model writes from nothing."""
-    rows = decode.generate(
+    rows = engine.generate(
         model,
         [[tokenizer.bos_id]] * samples,
         max_new_tokens=tokens,
         eos_id=tokenizer.eos_id,
         pieces=tokenizer.vocab_size,
-        sampling=decode.Sampling(temperature=0.8, top_p=0.95),
-        seed=seed,
+        sampling=Sampling(temperature=0.8, top_p=0.95, seed=seed),
     )
     return [tokenizer.decode(row) for row in rows]
 

@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from vishwamai_eqx import gemma_config, huggingface_model
-from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
+from vishwamai_eqx.attention import Angles, TPUMultiHeadAttention
 from vishwamai_eqx.config import Remat, ScalingConfig
 from vishwamai_eqx.gemma_config import GemmaConfig, LayerKind
 from vishwamai_eqx.gemma_names import configuration, names
+from vishwamai_eqx.kv_cache import CacheSlot, KVCache, empty, rewound
 from vishwamai_eqx.layers import Embedding, GatedMLP, RMSNorm, rotary_angles, wide
 from vishwamai_eqx.loss import capped
 from vishwamai_eqx.mesh import gather
@@ -142,6 +143,7 @@ class Decoder(eqx.Module):
         probes: Float[Array, "blocks"] | None = None,
         meters: Any = None,
         return_hidden: bool = False,
+        unroll: bool = False,
     ) -> tuple[Float[Array, "batch seq d_model"], GemmaCache | None, list[Float[Array, "batch seq d_model"]] | None]:
         """Final hidden states, the cache with the new tokens in it, and with `return_hidden` each block's output.
 
@@ -200,7 +202,8 @@ class Decoder(eqx.Module):
         nothing = (None,) * config.period
         carry = (x, nothing if cache is None else cache.period)
         xs = (self.period, jnp.arange(repeats), period_probes, meters and meters.period)
-        (x, period_caches), outputs = jax.lax.scan(one_period, carry, xs)
+        steps = repeats if unroll else 1
+        (x, period_caches), outputs = jax.lax.scan(one_period, carry, xs, unroll=steps)
         hidden = None
         if outputs is not None:
             # Of [repeats] each, position by position of the period, to the order of the layers.
@@ -211,11 +214,7 @@ class Decoder(eqx.Module):
         x, rest_caches, outputs = layers(x, rest, rest_caches, jnp.int32(0), places, rest_probes, rest_meters)
         if cache is not None:
             lengths = cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32)
-
-            def counted(caches: tuple[KVCache, ...]) -> tuple[KVCache, ...]:
-                return tuple(KVCache(each.keys, each.values, lengths, each.ring) for each in caches)
-
-            cache = GemmaCache(counted(period_caches), counted(rest_caches), lengths)
+            cache = rewound(GemmaCache(period_caches, rest_caches, lengths), lengths)
         x = gather(self.norm, placement and placement.norm, dtype)(x)
         return x, cache, None if hidden is None else hidden + outputs
 
@@ -240,23 +239,28 @@ class Decoder(eqx.Module):
         """The embedding that hidden states are compared with."""
         return self.embedding if self.untied_head is None else self.untied_head
 
-    def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Logits in f32, soft-capped where the configuration says so."""
-        return capped(self.head_weight.logits(hidden), self.softcap)[0]
+    def head(self, hidden: Float[Array, "*batch d_model"], placement: Any = None) -> Float[Array, "*batch vocab"]:
+        """Logits in f32, soft-capped where the configuration says so; with `placement` this device's part of them."""
+        head = gather(self.head_weight, placement and placement.head_weight, hidden.dtype)
+        return capped(head.logits(hidden), self.softcap)[0]
 
-    def new_cache(self, batch: int, length: int) -> GemmaCache:
-        """An empty cache for `batch` rows of at most `length` tokens; sliding layers keep their window only."""
-        config, lengths = self.config, jnp.zeros(batch, jnp.int32)
+    def new_cache(self, batch: int, length: int, slack: int = 0) -> GemmaCache:
+        """An empty cache for `batch` rows of at most `length` tokens; sliding layers keep their window only.
 
-        def empty(kind: LayerKind, layers: int) -> KVCache:
-            ring = kind == "sliding_attention" and config.sliding_window < length
-            shape = (layers, batch, config.num_key_value_heads, config.sliding_window if ring else length)
-            zeros = jnp.zeros((*shape, config.head_dim), self.compute_dtype)
-            return KVCache(zeros, zeros, lengths, ring)
+        The last `slack` tokens of a row can be taken back: see `rewound`.
+        """
+        config = self.config
+        kept = config.sliding_window + slack
+
+        def of(kind: LayerKind, layers: int) -> KVCache:
+            ring = kind == "sliding_attention" and kept < length
+            heads, slots = config.num_key_value_heads, kept if ring else length
+            return empty(layers, batch, heads, slots, config.head_dim, self.compute_dtype, ring)
 
         repeats = config.num_hidden_layers // config.period
-        period = tuple(empty(kind, repeats) for kind in config.layer_types[: config.period])
-        return GemmaCache(period, tuple(empty(kind, 1) for kind in config.layer_types[: len(self.rest)]), lengths)
+        period = tuple(of(kind, repeats) for kind in config.layer_types[: config.period])
+        rest = tuple(of(kind, 1) for kind in config.layer_types[: len(self.rest)])
+        return GemmaCache(period, rest, jnp.zeros(batch, jnp.int32))
 
 
 class Gemma(eqx.Module):

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kernels.gemm.meters import SEEN
-from vishwamai_eqx.attention import Angles, CacheSlot, KVCache, TPUMultiHeadAttention
+from vishwamai_eqx.attention import Angles, TPUMultiHeadAttention
 from vishwamai_eqx.config import AttentionPattern, Remat, ScalingConfig
+from vishwamai_eqx.kv_cache import CacheSlot, KVCache, empty, rewound
 from vishwamai_eqx.layers import PRODUCT_INPUT, Embedding, GatedMLP, TPULayerNorm, rotary_angles, wide
 from vishwamai_eqx.mesh import gather
 from vishwamai_eqx.moe import MoE, RouterMetrics
@@ -168,6 +169,7 @@ class VishwamAI(eqx.Module):
         probes: Float[Array, "blocks"] | None = None,
         meters: Any = None,
         return_hidden: bool = False,
+        unroll: bool = False,
     ) -> tuple[
         Float[Array, "batch seq d_model"],
         KVCache | None,
@@ -182,7 +184,8 @@ class VishwamAI(eqx.Module):
         of where its shards lie, when called inside `shard_map`; `first_row` then says which row of the whole batch
         is the first one here. `probes`, one for the embedding and one for each layer, say by their gradients whose
         output was not finite: see `nonfinite.tap`. `meters`, a tree like the model, say how its weights in fp8 and
-        what they are multiplied with are scaled, and by their gradients what was seen: see `scaling`.
+        what they are multiplied with are scaled, and by their gradients what was seen: see `scaling`. `unroll`
+        compiles the layers one after the other: see `apart`.
         """
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
@@ -217,11 +220,11 @@ class VishwamAI(eqx.Module):
         if self.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT[self.remat], prevent_cse=False)
         xs = (self.blocks, jnp.arange(layers), None if probes is None else probes[1:], meters and meters.blocks)
-        # With a cache each layer is little work, and unrolling them buys compile time only.
-        unroll = min(self.scan_unroll, layers) if cache is None else 1
-        (x, cache), (metrics, outputs) = jax.lax.scan(layer, (x, cache), xs, unroll=unroll)
+        # With a cache each layer is little work, and unrolling them makes it none the less.
+        steps = layers if unroll else min(self.scan_unroll, layers) if cache is None else 1
+        (x, cache), (metrics, outputs) = jax.lax.scan(layer, (x, cache), xs, unroll=steps)
         if cache is not None:
-            cache = KVCache(cache.keys, cache.values, cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32))
+            cache = rewound(cache, cache.lengths + (segment_ids > 0).sum(axis=1, dtype=jnp.int32))
         hidden = gather(self.norm, placement and placement.norm, dtype)(x)
         return hidden, cache, metrics if outputs is None else (metrics, outputs)
 
@@ -245,17 +248,18 @@ class VishwamAI(eqx.Module):
         """The embedding that hidden states are compared with: the input's own unless the head is untied."""
         return self.embedding if self.untied_head is None else self.untied_head
 
-    def head(self, hidden: Float[Array, "*batch d_model"]) -> Float[Array, "*batch vocab"]:
-        """Logits in f32. Training never makes them all at once: see `loss.cross_entropy`."""
-        return self.head_weight.logits(hidden)
+    def head(self, hidden: Float[Array, "*batch d_model"], placement: Any = None) -> Float[Array, "*batch vocab"]:
+        """Logits in f32, with `placement` of this device's part of the vocabulary.
 
-    def new_cache(self, batch: int, length: int) -> KVCache:
+        Training never makes them all at once: see `loss.cross_entropy`.
+        """
+        return gather(self.head_weight, placement and placement.head_weight, hidden.dtype).logits(hidden)
+
+    def new_cache(self, batch: int, length: int, slack: int = 0) -> KVCache:
         """An empty cache for `batch` rows of at most `length` tokens."""
         attention = self.blocks.attention
         layers = attention.query.weight.shape[0]
-        shape = (layers, batch, attention.num_kv_heads, length, attention.head_dim)
-        empty = jnp.zeros(shape, self.compute_dtype)
-        return KVCache(empty, empty, jnp.zeros(batch, jnp.int32))
+        return empty(layers, batch, attention.num_kv_heads, length, attention.head_dim, self.compute_dtype)
 
 
 def without_layers(spec: jax.sharding.PartitionSpec) -> jax.sharding.PartitionSpec:

@@ -10,12 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from vishwamai_eqx import decode
+from vishwamai_eqx import engine
 from vishwamai_eqx.architecture import Model
 from vishwamai_eqx.config import Config, DistillConfig
 from vishwamai_eqx.data import Batch, Dataset, DrawnBatch, PairedBatch
 from vishwamai_eqx.feed import place
 from vishwamai_eqx.pairs import Pairs
+from vishwamai_eqx.sampling import Sampling
 from vishwamai_eqx.targets import Targets
 
 # Of a row, what the student goes on from: enough to know what kind of text it is.
@@ -60,14 +61,13 @@ def written(rows: Pairs, n: int, model: Model) -> PairedBatch:
         for tokens, segments in zip(np.asarray(given.tokens), np.asarray(given.segment_ids), strict=True)
     ]
     most = rows.seq_len - opening
-    continued = decode.generate(
+    continued = engine.generate(
         model,
         prompts,
         max_new_tokens=most,
         eos_id=tokenizer.eos_id,
         pieces=tokenizer.vocab_size,
-        sampling=decode.Sampling(),
-        seed=rows.student.seed + n,
+        sampling=Sampling(seed=rows.student.seed + n),
     )
     fields = np.zeros((4, *given.tokens.shape), np.int32)
     for row, (prompt, new) in enumerate(zip(prompts, continued, strict=True)):

@@ -181,7 +181,7 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> Iterator[t
             if it.opcode == "while":
                 condition = re.search(r"condition=%?([\w.\-]+)", it.rest)
                 assert condition is not None
-                trips *= _trips(computations[condition[1]], it.name)
+                trips *= trips_of([(each.name, each.opcode, each.rest) for each in computations[condition[1]]], it.name)
             branches = re.search(r"branch_computations=\{([^}]*)\}", it.rest)
             called = _CALLED.findall(it.rest) + (_NAMES.findall(branches[1]) if branches else [])
             # What a reduction applies has no products, and is not called so often.
@@ -191,12 +191,15 @@ def _runs(computations: dict[str, list[_Instruction]], entry: str) -> Iterator[t
                 ]
 
 
-def _trips(condition: list[_Instruction], name: str) -> int:
-    """How often a loop runs that counts from zero up to a constant."""
-    constants = {it.name: it.rest for it in condition if it.opcode == "constant"}
-    for it in condition:
-        if it.opcode == "compare" and "direction=LT" in it.rest:
-            for operand in _NAMES.findall(it.rest.partition(")")[0]):
+def trips_of(condition: list[tuple[str, str, str]], name: str) -> int:
+    """How often a loop runs that counts from zero up to a constant, given its condition's names, opcodes and operands.
+
+    **Raises** ValueError where the loop does not say so.
+    """
+    constants = {name: rest for name, opcode, rest in condition if opcode == "constant"}
+    for _, opcode, rest in condition:
+        if opcode == "compare" and "direction=LT" in rest:
+            for operand in _NAMES.findall(rest.partition(")")[0]):
                 if operand in constants:
                     return int(constants[operand].partition(")")[0])
     raise ValueError(f"the loop {name} of the compiled program does not say how often it runs")

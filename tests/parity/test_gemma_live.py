@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vishwamai_eqx import decode, gemma
+from vishwamai_eqx import engine, gemma
+from vishwamai_eqx.sampling import Sampling
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
@@ -22,8 +23,8 @@ def test_another_seed_agrees_and_a_saved_folder_loads_there(family, seed, tmp_pa
     assert np.abs(logits - expected["logits"]).max() < 2e-4
     assert max(np.abs(mine - its).max() for mine, its in zip(hidden, expected["hidden"], strict=True)) < 1e-3
     prompts = [row.tolist() for row in expected["prompt"]]
-    greedy = decode.Sampling(temperature=0.0)
-    text = decode.generate(model.decoder, prompts, max_new_tokens=20, eos_id=-1, sampling=greedy)
+    greedy = Sampling(temperature=0.0)
+    text = engine.generate(model.decoder, prompts, max_new_tokens=20, eos_id=-1, sampling=greedy)
     np.testing.assert_array_equal(text, expected["greedy"])
 
     gemma.save(model, tmp_path / "saved")

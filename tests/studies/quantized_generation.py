@@ -16,8 +16,9 @@ import numpy as np
 
 import vishwamai_eqx
 from tests.studies.cases import study
-from vishwamai_eqx import data, decode, evaluation, narrow
+from vishwamai_eqx import data, engine, evaluation, narrow
 from vishwamai_eqx.mesh import make_mesh
+from vishwamai_eqx.sampling import Sampling
 
 PROMPT, WRITTEN = 16, 32
 
@@ -52,8 +53,8 @@ class Run:
 
     def asked(self, model: Any) -> dict[str, Any]:
         found = evaluation.held_out(evaluate, model, self.dataset, make_mesh({}), 8, self.rows)
-        greedy = decode.Sampling(temperature=0.0)
-        written = decode.generate(
+        greedy = Sampling(temperature=0.0)
+        written = engine.generate(
             model, self.prompts, max_new_tokens=WRITTEN, eos_id=self.tokenizer.eos_id, sampling=greedy
         )
         return {"bits_per_byte": found.bits_per_byte, "bytes": narrow.size(model), "written": written}

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
 from tests.small import rarely
-from vishwamai_eqx import attention, decode, gemma, gemma_config, huggingface_model, layers, mesh
-from vishwamai_eqx.decode import Sampling
+from vishwamai_eqx import attention, engine, gemma, gemma_config, huggingface_model, layers, mesh
+from vishwamai_eqx.sampling import Sampling
 
 FOLDERS = Path(__file__).parents[1] / "parity" / "gemma"
 FAMILIES = ("gemma", "gemma2", "gemma3")
@@ -78,14 +78,14 @@ def test_both_dialects_say_the_same(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_text_through_the_cache_goes_on_past_the_window(family):
     prompts = [[int(token) for token in row] for row in expected(family)["prompt"]]
-    text = decode.generate(loaded(family).decoder, prompts, max_new_tokens=20, eos_id=-1, sampling=GREEDY)
+    text = engine.generate(loaded(family).decoder, prompts, max_new_tokens=20, eos_id=-1, sampling=GREEDY)
     np.testing.assert_array_equal(text, expected(family)["greedy"])
 
 
 def test_rings_of_rows_of_any_length_hold_what_full_passes_see():
     model, rng = loaded("gemma3"), np.random.default_rng(0)
     prompts = [rng.integers(4, 96, length).tolist() for length in (1, 7, 8, 9, 16, 21)]
-    text = decode.generate(model.decoder, prompts, max_new_tokens=12, eos_id=-1, sampling=GREEDY)
+    text = engine.generate(model.decoder, prompts, max_new_tokens=12, eos_id=-1, sampling=GREEDY)
     rings = model.decoder.new_cache(1, 64).period
     assert [cache.ring for cache in rings] == [True] * 5 + [False] and rings[0].length == 8
     whole = jax.jit(lambda tokens: jnp.argmax(model(tokens), axis=-1))

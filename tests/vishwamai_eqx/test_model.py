@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from tests.small import VOCAB, random_batch, small
-from vishwamai_eqx import decode, flops, parameters
+from vishwamai_eqx import engine, flops, parameters
 from vishwamai_eqx.architecture import build
 from vishwamai_eqx.attention import TPUMultiHeadAttention, block_pattern
 from vishwamai_eqx.config import PRESETS, ModelConfig
 from vishwamai_eqx.layers import TPUGEMMLinear, TPULayerNorm
 from vishwamai_eqx.model import VishwamAI
+from vishwamai_eqx.sampling import Sampling
 from vishwamai_eqx.tokenizer import VishwamAITokenizer
 
 PATTERNS = {"full": {}, "window": {"window": 5}, "blocks": {"attention_block": 4}}
@@ -129,9 +130,7 @@ def test_greedy_generation_with_the_cache_is_that_of_full_passes(pattern, heads,
     model = model_of(pattern, num_heads=heads[0], num_kv_heads=heads[1], num_experts=experts, tie_embeddings=tied)
     tokens = np.asarray(batch().tokens)
     prompts = [tokens[row, :length].tolist() for row, length in enumerate(lengths)]
-    written = decode.generate(
-        model, prompts, max_new_tokens=10, eos_id=VOCAB, sampling=decode.Sampling(temperature=0.0)
-    )
+    written = engine.generate(model, prompts, max_new_tokens=10, eos_id=VOCAB, sampling=Sampling(temperature=0.0))
     full = np.zeros((3, 32), np.int32)
     for row, (prompt, new) in enumerate(zip(prompts, written, strict=True)):
         assert len(new) == 10

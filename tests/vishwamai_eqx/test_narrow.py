@@ -10,12 +10,13 @@ import pytest
 from kernels import Quantized
 from tests.kernels import formats64 as exact
 from tests.small import random_batch, small
-from vishwamai_eqx import decode, narrow, parameters
+from vishwamai_eqx import engine, narrow, parameters
 from vishwamai_eqx.architecture import build
 from vishwamai_eqx.gemma import Decoder
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.layers import Embedding, TPUGEMMLinear
 from vishwamai_eqx.mesh import gather
+from vishwamai_eqx.sampling import Sampling
 
 FORMATS = {"int8": "int8", "fp8": "e4m3"}
 
@@ -90,7 +91,7 @@ def test_it_writes():
     """Greedily, and with the cache, what it says of the whole row at once."""
     held = narrow.quantize(model(), "int8")
     prompt = [5, 6, 7]
-    (written,) = decode.generate(held, [prompt], max_new_tokens=6, eos_id=-1, sampling=decode.Sampling(temperature=0.0))
+    (written,) = engine.generate(held, [prompt], max_new_tokens=6, eos_id=-1, sampling=Sampling(temperature=0.0))
     row = jnp.asarray([prompt + written])
     chosen = jax.jit(lambda model, row: model.head(model(row)[0]))(held, row)[0]
     for at, token in enumerate(written, len(prompt) - 1):
