@@ -6,8 +6,9 @@
     python generate.py --model gemma-7b-it --chat
     python generate.py --prompts questions.jsonl --out answers.jsonl
 
-One sample streams as it is made; several are shown when all are done. A batch that was stopped goes on with the same
-command.
+One sample streams as it is made; several are shown when all are done.
+
+A batch that was stopped goes on with the same command.
 """
 
 import dataclasses

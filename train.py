@@ -137,16 +137,19 @@ def make_step(
         take, watch = skip.judge(current.watch, nll, norm, config.guard)
         broken = nonfinite.broken(probes, squares)
         gradients = optim.clip(gradients, norm, config.optim.clip_norm)
-        updates, opt_state = transform.update(gradients, current.opt_state, current.model)
+        before = current.opt_state
+        if config.offload:
+            before = optim.fetch(transform, before, gradients)
+        updates, opt_state = transform.update(gradients, before, current.model)
         new = optax.apply_updates(current.model, updates), opt_state
-        model, opt_state = skip.choose(take, new, (current.model, current.opt_state))
+        model, opt_state = skip.choose(take, new, (current.model, before))
         scales = scaling.after(current.scaling, seen, take, norm, config)
         metrics = Metrics(
             loss=nll,
             balance=balance,
             router_z=z,
             grad_norm=norm,
-            learning_rate=jnp.asarray(schedule(current.opt_state[-1].count)),
+            learning_rate=jnp.asarray(schedule(before[-1].count)),
             tokens=tokens.astype(jnp.int32),
             load=None if load is None else load / load.sum(axis=-1, keepdims=True),
             batch=sum_over(
@@ -157,12 +160,12 @@ def make_step(
             told=told,
             scaled=scaling.told(current.scaling, seen, microbatches),
         )
+        if config.offload:
+            opt_state = optim.hand_back(transform, opt_state)
         return TrainState(model, opt_state, watch, scales, current.step + 1), metrics  # pyright: ignore[reportArgumentType]
 
     in_specs = (specs, on_mesh(MICROBATCHES, mesh), *tutors)
     sharded = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=(specs, P()), check_vma=True)
-    if config.offload:
-        sharded = state.offloading(sharded, state.shardings(mesh, specs))
     return jax.jit(sharded, donate_argnums=0)
 
 
@@ -178,10 +181,11 @@ def abstract_step(config: Config, mesh: Mesh, dtype: str, vocabularies: Any = No
         sharding=NamedSharding(mesh, MICROBATCHES),
     )
     placed = state.shardings(mesh, specs)
+    if config.offload:
+        moments = optim.on_host(transform, placed.opt_state)
+        placed = eqx.tree_at(lambda it: it.opt_state, placed, moments)
     abstract = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        state.on_host(placed) if config.offload else placed,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, placed
     )
     tutor = teaching.abstract(config, mesh, dtype, vocabularies)
     lies, fed = jax.tree.map(lambda leaf: leaf.sharding.spec, tutor), teaching.abstract_batch(config, batch)

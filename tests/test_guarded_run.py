@@ -9,6 +9,7 @@ import pytest
 
 import train
 from tests.histories import SETTINGS, events, numbers, stored, text
+from vishwamai_eqx import policy
 from vishwamai_eqx.feed import Feed, place
 
 # The mark of a poisoned batch; positions this large change nothing else.
@@ -48,7 +49,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(train, "token_loss", token_loss)
     monkeypatch.setattr(train, "Feed", Poisoned)
     monkeypatch.setattr(
-        train, "place", lambda dataset, n, *rest: poison(b) if (b := place(dataset, n, *rest)) and n + 1 in bad else b
+        policy, "place", lambda dataset, n, *rest: poison(b) if (b := place(dataset, n, *rest)) and n + 1 in bad else b
     )
 
     def say(steps, factor=np.nan):

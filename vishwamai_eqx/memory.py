@@ -47,6 +47,8 @@ class Shards:
     """Numbers that one device holds, or gathers."""
 
     parameters: int
+    largest: int
+    """Of one array of them."""
     optimizer: int
     layers: int
     """Of the parameters, those of all layers."""
@@ -81,7 +83,10 @@ def estimate(config: Config, sizes: dict[str, int]) -> Memory:
     gradients = accumulated * held.parameters * F32
     # The gradients of the layers are made after the loss.
     temporaries = int(max(layer, head - held.parameters * F32) + (PACKING - 1) * (gradients + kept + layer))
-    state = held.parameters * F32, 0 if config.offload else held.optimizer * F32
+    state = held.parameters * F32, held.optimizer * F32
+    if config.offload:
+        # Both moments of the array that is updated, as they come and as they go.
+        state, temporaries = (state[0], 0), temporaries + 4 * held.largest * F32
     return Memory(*state, gradients, kept, temporaries, _of_teacher(config, sizes, wide))
 
 
@@ -195,6 +200,7 @@ def _shards(config: Config, placed_over: tuple[tuple[str, int], ...]) -> Shards:
     head = 0 if model.untied_head is None else whole(model.untied_head, placed.untied_head)
     return Shards(
         parameters=held(model, placed),
+        largest=max(map(held, jax.tree.leaves(model), jax.tree.leaves(placed))),
         optimizer=held(abstract.opt_state, specs.opt_state),
         layers=held(model.stacks, placed.stacks),
         layer=layers // config.model.num_layers,

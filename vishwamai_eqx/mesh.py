@@ -164,7 +164,7 @@ def gather(shards: Tree, placement: Any, dtype: Any, *, fp8: ScalingConfig | Non
     like the shards, say what earlier steps know of scales. What is held in 8 bits stays as it is.
     """
 
-    def whole(path: Any, shard: Any, declared: Declaration, spec: PartitionSpec | None, meters: Any) -> Any:
+    def whole(path: Any, shard: Any, declared: Declaration, spec: Any, meters: Any) -> Any:
         if isinstance(shard, Quantized):
             return shard
         to, block = dtype if declared.cast else shard.dtype, None

@@ -24,9 +24,13 @@ _NARROWED = TPUGEMMLinear, MoE, Embedding
 def quantize(model: Model, weights: Weights | None) -> Model:
     """The model with the weights of its products, embedding and head included, in 8 bits; it generates, and no more.
     With None the model as it is.
+
+    **Raises** ValueError if the model lies on several devices.
     """
     if weights is None:
         return model
+    if (devices := len(jax.tree.leaves(model)[0].devices())) > 1:
+        raise ValueError(f"weights={weights} is for one device, and the model lies on {devices}; leave it out there.")
 
     def narrow(weight: Array, contracted: int) -> kernels.Quantized:
         block = (weight.shape[-2], 1) if contracted == -2 else (1, weight.shape[-1])

@@ -58,6 +58,28 @@ def place_state(transform: optax.GradientTransformation, model: Any, placement: 
     )
 
 
+def on_host(transform: optax.GradientTransformation, shardings: Any) -> Any:
+    """The shardings of an optimiser's state with what mirrors a parameter in the hosts' pinned memory (2104.07857)."""
+    return optax.tree_map_params(transform, lambda it: it.with_memory_kind("pinned_host"), shardings)
+
+
+def fetch(transform: optax.GradientTransformation, state: Any, gradients: Any) -> Any:
+    """The state on its devices, each array once its gradient is there.
+
+    Fetched before, it would be beside all that gradients are made of.
+    """
+
+    def fetched(moment: Array, gradient: Array) -> Array:
+        return jax.device_put(jax.lax.optimization_barrier((moment, gradient))[0], jax.memory.Space.Device)
+
+    return optax.tree_map_params(transform, fetched, state, gradients)
+
+
+def hand_back(transform: optax.GradientTransformation, state: Any) -> Any:
+    """The state in its hosts' memory again."""
+    return optax.tree_map_params(transform, lambda moment: jax.device_put(moment, jax.memory.Space.Host), state)
+
+
 def squares(gradients: Any) -> Any:
     """The sum of squares of each array's shard, and of each layer's in a stack: not finite where a gradient is not."""
 

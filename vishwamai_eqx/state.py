@@ -1,6 +1,5 @@
 """The state of a run: what the step takes and returns, checkpoints hold and sampling reads."""
 
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -47,29 +46,6 @@ def placement(state: TrainState, sizes: dict[str, int], transform: optax.Gradien
 def shardings(mesh: Mesh, specs: Any) -> Any:
     """The shardings of a tree of PartitionSpecs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-
-
-def on_host(shardings: TrainState) -> TrainState:
-    """The same with the optimiser's state in its hosts' pinned memory."""
-    pinned = jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings.opt_state)
-    return eqx.tree_at(lambda state: state.opt_state, shardings, pinned)
-
-
-def offloading(step: Callable[..., tuple[TrainState, Any]], shardings: TrainState) -> Callable[..., Any]:
-    """A step that takes the optimiser's state from its hosts and gives it back to them (2104.07857).
-
-    XLA fetches an array when the update comes to it, on v2 and v3 all of them at once, where nothing is gained.
-    """
-    host = on_host(shardings)
-
-    def move(state: TrainState, to: TrainState) -> TrainState:
-        return eqx.tree_at(lambda it: it.opt_state, state, jax.device_put(state.opt_state, to.opt_state))
-
-    def moved(state: TrainState, *rest: Any) -> tuple[TrainState, Any]:
-        new, metrics = step(move(state, shardings), *rest)
-        return move(new, host), metrics
-
-    return moved
 
 
 def check(config: Config, state: TrainState) -> None:

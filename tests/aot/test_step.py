@@ -76,6 +76,14 @@ def test_flops_grow_with_the_layers(capsys):
     assert grown == pytest.approx(many["hand"] - few["hand"], rel=0.03)
 
 
+def test_an_offloaded_optimiser_takes_little_hbm(capsys):
+    """But for what of it is being updated, a third of a model of experts."""
+    large = f"{SMALL} --optim.batch-size 8 --model.num-layers 16 --model.hidden-size 256 --model.ffn-dim 1024"
+    apart, here = (dry_run(capsys, "v5e:2x4", f"{large} {option}")["hbm"] for option in ("--offload", "--no-offload"))
+    assert apart["optimizer"] == 0
+    assert here["peak"] - apart["peak"] >= here["optimizer"] / 2
+
+
 # Rows of 2,048 tokens on each device: what has to fit, in 16 GB and more. A compile takes minutes; every generation,
 # and what is larger, is in tests/studies/topologies.py.
 BASE = {"v3:2x2": 4, "v6e:2x4": 4}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kernels import Quantized
 from tests.kernels import formats64 as exact
@@ -15,7 +16,7 @@ from vishwamai_eqx.architecture import build
 from vishwamai_eqx.gemma import Decoder
 from vishwamai_eqx.gemma_config import GemmaConfig
 from vishwamai_eqx.layers import Embedding, TPUGEMMLinear
-from vishwamai_eqx.mesh import gather
+from vishwamai_eqx.mesh import gather, make_mesh
 from vishwamai_eqx.sampling import Sampling
 
 FORMATS = {"int8": "int8", "fp8": "e4m3"}
@@ -115,3 +116,12 @@ def test_in_f16():
     y = linear(x)
     assert y.dtype == jnp.float16
     np.testing.assert_array_equal(y, linear(x.astype(jnp.float32)).astype(jnp.float16))
+
+
+def test_it_is_for_one_device():
+    mesh = make_mesh({"data": 2})
+    spread = jax.device_put(model(), NamedSharding(mesh, PartitionSpec()))
+    with pytest.raises(
+        ValueError, match="weights=int8 is for one device, and the model lies on 2"
+    ):
+        narrow.quantize(spread, "int8")
