@@ -121,7 +121,5 @@ def test_in_f16():
 def test_it_is_for_one_device():
     mesh = make_mesh({"data": 2})
     spread = jax.device_put(model(), NamedSharding(mesh, PartitionSpec()))
-    with pytest.raises(
-        ValueError, match="weights=int8 is for one device, and the model lies on 2"
-    ):
+    with pytest.raises(ValueError, match="weights=int8 is for one device, and the model lies on 2"):
         narrow.quantize(spread, "int8")
