@@ -266,7 +266,7 @@ class Config:
     """Devices by axis of replica, data, expert and model, such as data=2,expert=2,model=2; auto puts all on data, and
     on expert or model too where a step would not fit so."""
     offload: bool = False
-    """Keep the optimiser's state in the hosts' memory and fetch it for each update; of use on TPUs from v4 on."""
+    """Keep the optimiser's state in the hosts' memory and fetch it for each update; on v2 and v3 it saves nothing."""
     precision: Precision = "auto"
     """Type of the matrix products; auto: bf16 on accelerators and on CPUs with bf16 instructions, else f32. f16 is none
     of TPUs'."""
